@@ -1,0 +1,45 @@
+"""quantplan: one checked plan turns any Hugging Face checkpoint into a quantized one that engines load.
+
+Names are imported when they are first used, so that checking a plan never imports torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module; tested to be complete, sorted and importable
+_NAMES = {
+    "FP4Config": "quantplan.schemes.floating",
+    "FP4Quantizer": "quantplan.schemes.floating",
+    "FP8Config": "quantplan.schemes.floating",
+    "FP8Quantizer": "quantplan.schemes.floating",
+    "INT2Config": "quantplan.schemes.integer",
+    "INT2Quantizer": "quantplan.schemes.integer",
+    "INT4Config": "quantplan.schemes.integer",
+    "INT4Quantizer": "quantplan.schemes.integer",
+    "INT6Config": "quantplan.schemes.integer",
+    "INT6Quantizer": "quantplan.schemes.integer",
+    "INT8Config": "quantplan.schemes.integer",
+    "INT8Quantizer": "quantplan.schemes.integer",
+    "Problem": "quantplan.errors",
+    "QuantplanError": "quantplan.errors",
+    "QuantizedTensor": "quantplan.tensor",
+    "apply": "quantplan.engine.apply",
+    "create_quantizer_from_scheme": "quantplan.faces",
+    "load_plan": "quantplan.plan.load",
+    "read_checkpoint": "quantplan.headers",
+    "resolve": "quantplan.plan.resolve",
+}
+
+__all__ = sorted(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'quantplan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

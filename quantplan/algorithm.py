@@ -1,0 +1,41 @@
+"""CONTRACT: an algorithm chooses the codes of one weight matrix on a scheme's grid. Members live in `algorithms/`.
+
+A scheme is a grid, an algorithm is a way to choose points on it: every algorithm works with every scheme.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from quantplan.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantplan.scheme import Quantizer
+    from quantplan.tensor import QuantizedTensor
+
+
+class Algorithm(BaseModel, ABC):
+    """An algorithm with its options, which are its fields. Frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    passes: ClassVar[float] = 1.0  # rough cost, in roundings of the weight: for the time estimate
+
+    @classmethod
+    def plan_options(cls) -> dict[str, Any]:
+        """Option name -> pydantic field."""
+        return dict(cls.model_fields)
+
+    @abstractmethod
+    def solve(self, weight: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> QuantizedTensor:
+        """`weight`, float32 `[rows, columns]`, on the quantizer's grid. Rows do not influence each other unless the scheme
+        shares parameters between them. `absmax`: see `Quantizer.fit`. Raises NonFinite."""
+
+
+ALGORITHMS: Registry[Algorithm] = Registry("algorithm", "algorithms")

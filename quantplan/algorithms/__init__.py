@@ -1,0 +1,1 @@
+"""Algorithms, one file each; found by the registry, imported by nobody."""

@@ -1,0 +1,59 @@
+"""rtn: round to nearest, with ranges from the largest magnitude or from a search over shrunken ranges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from quantplan.algorithm import ALGORITHMS, Algorithm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantplan.scheme import Params, Quantizer
+    from quantplan.tensor import QuantizedTensor
+
+
+@ALGORITHMS.register("rtn")
+class RoundToNearest(Algorithm):
+    """Round to nearest: needs no data."""
+
+    search: Literal["minmax", "mse"] = "minmax"
+    """`minmax`: the range covers every weight; `mse`: per group the range, of a grid of shrunken ones, with the least squared
+    error"""
+    grid: int = Field(default=25, ge=2, le=1000)
+    """ranges that `mse` tries"""
+    lowest: float = Field(default=0.4, gt=0, lt=1)
+    """the narrowest range `mse` tries, as a share of the full one"""
+
+    def solve(self, weight: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> QuantizedTensor:
+        groups = quantizer.groups(weight)
+        if absmax is None and quantizer.config.needs_absmax:
+            absmax = groups.abs().amax()
+        if self.search == "minmax":
+            params = quantizer.fit(groups, absmax=absmax)
+        else:
+            params = self._least_error(groups, quantizer, absmax)
+        return quantizer.quantize_groups(groups, params, *weight.shape)
+
+    def _least_error(self, groups: Tensor, quantizer: Quantizer, absmax: Tensor | None) -> Params:
+        """Per group, the parameters of the factor with the least squared error; ties go to the wider range."""
+        import torch
+
+        best: Params = {}
+        least: Tensor | None = None
+        for factor in quantizer.config.shrink_factors(self.grid, self.lowest):
+            params = quantizer.fit(groups, factor, absmax)
+            error = quantizer.decode(quantizer.encode(groups, params), params).sub_(groups).square_().sum(-1, keepdim=True)
+            if least is None:
+                best, least = params, error
+                continue
+            better = error < least
+            least = torch.where(better, error, least)
+            for name in params.keys() - quantizer.config.tensor_params:
+                # float8 has no `where`: choose among its bytes
+                new, old = params[name].view(torch.uint8), best[name].view(torch.uint8)
+                wide = better.repeat_interleave(new.shape[-1], -1)
+                best[name] = torch.where(wide, new, old).view(params[name].dtype)
+        return best

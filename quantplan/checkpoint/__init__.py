@@ -1,0 +1,1 @@
+"""Checkpoints on disk: what goes where, reading, atomic writing, provenance."""

@@ -1,0 +1,93 @@
+"""quantplan.json: what was done, from what, with what, and the hash of every tensor, so that a run can be repeated and an
+output checked. Torch-free; no paths, times or host names, so that the same run gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from quantplan.assignment import Assignment
+from quantplan.checkpoint.layout import OutputLayout, json_bytes
+from quantplan.headers import Checkpoint
+from quantplan.plan.resolve import Resolution
+
+NAME = "quantplan.json"
+VERSIONED = ("quantplan", "torch", "safetensors", "transformers", "compressed-tensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what determines the bytes or how they load; packages that are absent are left out."""
+    found = {}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The source's name (never a path), revision, and its files with sizes and header hashes."""
+    name = Path(checkpoint.source).resolve().name if checkpoint.path is not None and not checkpoint.revision else checkpoint.source
+    sizes: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        sizes[tensor.file] = max(sizes.get(tensor.file, 0), tensor.end)
+    files = {f: {"size": sizes[f], "header_sha256": checkpoint.header_hashes.get(f, "")} for f in sorted(sizes)}
+    return {"name": name, "revision": checkpoint.revision or None, "files": files}
+
+
+def fingerprint(resolution: Resolution, layout: OutputLayout) -> dict[str, Any]:
+    """What determines the output's bytes; a run is resumed only by one with the same."""
+    return {
+        "plan": json.loads(resolution.loaded.canonical()),
+        "source": source_of(resolution.checkpoint),
+        "config": dict(resolution.checkpoint.config),
+        "times": {f: _changed(resolution.checkpoint, f) for f in resolution.checkpoint.files},
+        "output": [layout.size, [f.name for f in layout.files]],
+        "versions": versions(),
+    }
+
+
+def _changed(checkpoint: Checkpoint, file: str) -> int:
+    """When a source file was changed last, in ns: a source edited in between must not be half taken over."""
+    return (checkpoint.path / file).stat().st_mtime_ns if checkpoint.path else 0
+
+
+def treatments(assignments: Mapping[str, Assignment]) -> list[dict[str, Any]]:
+    """How modules were treated, grouped: schemes with every option, the algorithm, and the modules."""
+    groups: dict[str, dict[str, Any]] = {}
+    for a in assignments.values():
+        if a.wq is None:
+            continue
+        treatment = {
+            "wq": {"scheme": a.wq.name, **a.wq.model_dump(mode="json")},
+            "aq": None if a.aq is None else {"scheme": a.aq.name, **a.aq.model_dump(mode="json")},
+            "algorithm": {"name": a.algorithm.name, **a.algorithm.model_dump(mode="json")},
+        }
+        groups.setdefault(json.dumps(treatment), {**treatment, "modules": []})["modules"].append(a.name)
+    return list(groups.values())
+
+
+def provenance(resolution: Resolution, layout: OutputLayout, hashes: Mapping[str, str]) -> bytes:
+    """The document. Its length does not depend on the hashes, so that the estimate can be exact."""
+    header = {f.name: _sha256(f.header) for f in layout.files}
+    return json_bytes({
+        "quantplan": 1,
+        "plan": json.loads(resolution.loaded.canonical()),
+        "format": resolution.plan.output.format,
+        "source": source_of(resolution.checkpoint),
+        "versions": versions(),
+        "treatments": treatments(resolution.assignments),
+        "files": {f.name: {"size": f.size, "header_sha256": header[f.name]} for f in layout.files},
+        "tensors": {name: hashes.get(name, "0" * 64) for name in layout.tensors},
+    })  # fmt: skip
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,1 @@
+"""Apply, in a straight line; streaming, tensor by tensor."""

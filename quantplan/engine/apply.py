@@ -1,0 +1,227 @@
+"""`apply`, read aloud: read the plan, read the headers, resolve, estimate, stream, account for every tensor, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
+from quantplan.checkpoint.provenance import NAME, fingerprint, provenance
+from quantplan.checkpoint.reader import TensorReader
+from quantplan.checkpoint.side_files import output_config, side_files
+from quantplan.checkpoint.writer import CHUNK, CheckpointWriter
+from quantplan.errors import fail
+from quantplan.format import FORMATS
+from quantplan.headers import Checkpoint, read_checkpoint
+from quantplan.estimate import Estimate, estimate
+from quantplan.plan.load import LoadedPlan, load_plan
+from quantplan.plan.resolve import Resolution, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress: one unit is written."""
+
+    unit: Unit
+    done: int  # bytes of the source accounted for
+    total: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished run did. Sizes in bytes, time in seconds."""
+
+    out: Path
+    resolution: Resolution
+    estimate: Estimate
+    written: int
+    seconds: float
+    peak_memory: int
+    reused_files: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return {
+            "out": str(self.out),
+            "modules_quantized": len(self.resolution.quantized),
+            "modules_kept": len(self.resolution.assignments) - len(self.resolution.quantized),
+            "source_bytes": self.resolution.checkpoint.size,
+            "predicted_bytes": self.estimate.output_bytes,
+            "written_bytes": self.written,
+            "bits_per_weight": self.estimate.bits_per_weight,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory,
+            "predicted_memory_bytes": self.estimate.peak_memory,
+            "reused_files": self.reused_files,
+            "notes": [p.as_dict() for p in self.resolution.notes],
+        }
+
+
+def prepare(model: str | os.PathLike[str], plan: str | os.PathLike[str] | Mapping[str, Any], revision: str | None = None) -> Resolution:
+    """A plan resolved against a model, or every problem at once. No weights are read, no torch is imported."""
+    loaded: LoadedPlan = load_plan(plan)
+    return resolve(loaded, read_checkpoint(model, revision)).require()
+
+
+def apply(
+    model: str | os.PathLike[str],
+    plan: str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    workers: int | None = None,
+    revision: str | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Report:
+    """Quantizes `model` as `plan` says into the directory `out`, which is absent or whole at every moment.
+
+    Raises QuantplanError: bad plan or checkpoint (QP1xx to QP3xx), environment (QP4xx), output exists or is locked (QP5xx),
+    NaN or infinity (QP601). An interrupted run goes on when called again.
+    """
+    started = time.monotonic()
+    resolution = prepare(model, plan, revision)
+    source = with_weights(resolution.checkpoint, revision)
+    resolution = replace(resolution, checkpoint=source)
+    target = Path(out)
+    check_target(target, source.require_path())
+    layout = output_layout(resolution)
+    predicted = estimate(resolution, layout, workers)
+    check_environment(predicted, target)
+    copied = side_files(source)
+    with (
+        TensorReader(source.require_path(), source.tensors) as reader,
+        CheckpointWriter(target, layout, fingerprint(resolution, layout), overwrite, restart) as writer,
+    ):
+        reused = writer.reused
+        if not writer.already_published:
+            for step in write_units(resolution, layout, reader, writer, workers):
+                if on_step is not None:
+                    on_step(step)
+            account(resolution, layout, writer)
+            documents = {
+                **layout.side_documents(),
+                NAME: provenance(resolution, layout, writer.hashes),
+                "config.json": output_config(resolution),
+            }
+            writer.publish(copied, documents)
+    written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
+
+
+def with_weights(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
+    """The checkpoint on local disk: itself, or a snapshot fetched from the Hub."""
+    if checkpoint.path is not None or not checkpoint.revision:
+        checkpoint.require_path()
+        return checkpoint
+    from quantplan.hub import fetch
+
+    path, commit = fetch(checkpoint.source, revision)
+    return replace(read_checkpoint(path), source=checkpoint.source, revision=commit)
+
+
+def write_units(
+    resolution: Resolution, layout: OutputLayout, reader: TensorReader, writer: CheckpointWriter, workers: int | None
+) -> Iterator[Step]:
+    """Writes every unit of files that are not done yet, yielding after each."""
+    from quantplan.engine.stream import quantized
+
+    output = FORMATS.get(resolution.plan.output.format)()
+    todo = [u for f in layout.files if not writer.is_done(f.name) for u in f.units]
+    total = sum(_share(u) for f in layout.files for u in f.units)
+    done = total - sum(_share(u) for u in todo)
+    stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers)
+    try:
+        for unit in todo:
+            if unit.kind == "quantize":
+                same, tensor = next(stream)
+                assert same is unit and unit.matrix is not None and unit.assignment is not None
+                encoded = output.encode(unit.matrix, tensor, unit.assignment.aq)
+                for info in unit.outputs:
+                    writer.write(info, _bytes(encoded[info.name]))
+            elif unit.kind == "cast":
+                writer.write(unit.outputs[0], _bytes(_cast(reader.read(unit.source.name), unit.outputs[0].dtype)))
+            else:
+                writer.write_chunks(unit.outputs[0], _chunks(reader, unit))
+            done += _share(unit)
+            yield Step(unit, done, total)
+    finally:
+        stream.close()
+
+
+def _share(unit: Unit) -> int:
+    """The part of the source a unit accounts for, in bytes."""
+    return unit.elements * unit.source.size // max(1, _elements(unit)) if unit.matrix else unit.source.size
+
+
+def _elements(unit: Unit) -> int:
+    import math
+
+    return math.prod(unit.source.shape)
+
+
+def _chunks(reader: TensorReader, unit: Unit) -> Iterator[bytearray]:
+    size = unit.source.size
+    for start in range(0, size, CHUNK):
+        yield reader.read_bytes(unit.source, start, min(CHUNK, size - start))
+
+
+def _cast(tensor: Tensor, dtype: str) -> Tensor:
+    import torch
+
+    from quantplan.checkpoint.reader import TORCH_DTYPES
+
+    return tensor.to(getattr(torch, TORCH_DTYPES[dtype]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def account(resolution: Resolution, layout: OutputLayout, writer: CheckpointWriter) -> None:
+    """Every source tensor is quantized, cast or copied, and every planned tensor is written. A gap is a bug: it stops the run."""
+    used = {u.source.name for f in layout.files for u in f.units}
+    lost = resolution.checkpoint.tensors.keys() - used
+    unwritten = layout.tensors.keys() - writer.hashes.keys()
+    if lost or unwritten:
+        name = sorted(lost or unwritten)[0]
+        raise fail("QP602", "a tensor is not accounted for", "please report this", tensor=name)
+
+
+def check_target(out: Path, model: Path) -> None:
+    """The output is not the model, nor inside it, nor around it. Raises QP503."""
+    target, source = Path(os.path.realpath(out)), Path(os.path.realpath(model))
+    if target == source or source in target.parents or target in source.parents:
+        raise fail("QP503", f"the output and the model {model} lie in one another", "choose another output", file=str(out))
+
+
+def check_environment(predicted: Estimate, out: Path) -> None:
+    """Enough disk and memory for what is predicted. Raises QP401, QP404 before anything is written."""
+    import psutil
+
+    parent = next(p for p in (Path(os.path.abspath(out)).parent, *Path(os.path.abspath(out)).parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if predicted.output_bytes > free:
+        text = f"the output needs {predicted.output_bytes:,} bytes, {free:,} are free"
+        raise fail("QP401", text, "free space, or choose another output", file=str(parent))
+    available = psutil.virtual_memory().available
+    if predicted.peak_memory > available:
+        text = f"needs about {predicted.peak_memory:,} bytes of memory, {available:,} are available"
+        raise fail("QP404", text, "use fewer --threads, or a larger machine")
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

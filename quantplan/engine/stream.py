@@ -1,0 +1,113 @@
+"""Streaming: matrices are read row by row, quantized on all cores, and handed over in order. No model is instantiated.
+
+Memory is bounded by a few matrices' codes, whatever the checkpoint's size: weights are read in pieces that fit the cache,
+which is also several times faster than whole matrices.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+from quantplan.checkpoint.layout import Unit
+from quantplan.checkpoint.reader import TensorReader
+from quantplan.errors import fail
+from quantplan.models.modules import Matrix, scale_group
+from quantplan.scheme import BLOCK, NonFinite
+from quantplan.tensor import QuantizedTensor, concatenate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIECE = 1 << 19  # weights quantized at a time: their float32 copies stay in a core's cache
+LOOKAHEAD = 2  # units in flight beyond one a worker
+
+
+def quantized(units: Iterable[Unit], reader: TensorReader, workers: int | None = None) -> Iterator[tuple[Unit, QuantizedTensor]]:
+    """Each quantize-unit with its quantized matrix, in order. Raises QP601 for NaN or infinity in a weight."""
+    workers = workers or os.cpu_count() or 1
+    units = list(units)
+    magnitudes = _Magnitudes(reader, units)
+    pending: deque[tuple[Unit, Future[QuantizedTensor]]] = deque()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # parallel over units: threads within an operation would only fight
+    pool = ThreadPoolExecutor(workers, "quantplan", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        for unit in units:
+            pending.append((unit, pool.submit(_quantize, unit, reader, magnitudes)))
+            if len(pending) >= workers + LOOKAHEAD:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _quantize(unit: Unit, reader: TensorReader, magnitudes: _Magnitudes) -> QuantizedTensor:
+    matrix, assignment = unit.matrix, unit.assignment
+    assert matrix is not None and assignment is not None and assignment.wq is not None
+    quantizer = assignment.wq.quantizer(matrix.name)
+    try:
+        absmax = magnitudes.of(matrix) if assignment.wq.needs_absmax else None
+        rows = _rows_at_once(matrix) if assignment.wq.splittable else matrix.rows
+        return concatenate([
+            assignment.algorithm.solve(reader.read_rows(matrix, first, min(first + rows, matrix.rows)).float(), quantizer, absmax)
+            for first in range(0, matrix.rows, rows)
+        ])  # fmt: skip
+    except NonFinite:
+        raise _non_finite(matrix, reader) from None
+
+
+def _rows_at_once(matrix: Matrix) -> int:
+    """Rows of one piece: a multiple of a block's side."""
+    return max(1, PIECE // matrix.columns // BLOCK) * BLOCK
+
+
+def _non_finite(matrix: Matrix, reader: TensorReader) -> Exception:
+    weight = reader.read_rows(matrix, 0, matrix.rows)
+    bad = ~torch.isfinite(weight)
+    row, column = divmod(int(bad.flatten().nonzero()[0]), matrix.columns)
+    text = f"{int(bad.sum())} of {weight.numel()} weights are NaN or infinite, the first at [{row}, {column}] of {matrix.name}"
+    file = reader.tensors[matrix.tensor].file
+    return fail("QP601", text, "mend the checkpoint, or keep the module: keep: true", file=file, tensor=matrix.tensor)
+
+
+class _Magnitudes:
+    """Largest magnitudes shared by the matrices an engine fuses, each computed once, by whoever needs it first."""
+
+    def __init__(self, reader: TensorReader, units: Iterable[Unit]) -> None:
+        self._reader = reader
+        self._members: dict[str, list[Matrix]] = {}
+        self._known: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+        for unit in units:
+            if unit.matrix and unit.assignment and unit.assignment.wq and unit.assignment.wq.needs_absmax:
+                self._members.setdefault(scale_group(unit.matrix.name), []).append(unit.matrix)
+
+    def of(self, matrix: Matrix) -> Tensor:
+        """`max |w|` over the matrix and those fused with it, float32 0-d. Raises NonFinite."""
+        key = scale_group(matrix.name)
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = torch.stack([self._largest(m) for m in self._members[key]]).amax()
+            return self._known[key]
+
+    def _largest(self, matrix: Matrix) -> Tensor:
+        rows = _rows_at_once(matrix)
+        pieces = (self._reader.read_rows(matrix, r, min(r + rows, matrix.rows)) for r in range(0, matrix.rows, rows))
+        largest = torch.stack([piece.abs().amax() for piece in pieces]).amax().float()
+        if not torch.isfinite(largest):
+            raise _non_finite(matrix, self._reader)
+        return largest

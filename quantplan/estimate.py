@@ -1,0 +1,84 @@
+"""What a plan costs on a model, before anything runs: bytes out (exact), bits per weight, peak memory, disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantplan.checkpoint.layout import OutputLayout, Unit
+from quantplan.checkpoint.provenance import provenance
+from quantplan.checkpoint.side_files import output_config, side_files, written_sizes
+from quantplan.plan.resolve import Resolution
+
+INTERPRETER = 420 << 20  # resident size of Python with torch and the plan, seen on Linux x86-64
+PIECES = 24 << 20  # float copies of the piece a worker quantizes
+BYTES_PER_SECOND = 0.8e9  # source bytes a core quantizes by rounding, order of magnitude
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predictions. Sizes in bytes; `bits_per_weight` is over quantized modules with scales and zero points counted,
+    `bits_per_weight_whole` over the whole model."""
+
+    source_bytes: int
+    tensor_bytes: int  # the safetensors files
+    output_bytes: int  # the whole directory; the side files only when the source is a directory
+    bits_per_weight: float
+    bits_per_weight_whole: float
+    peak_memory: int
+    seconds: float
+    files: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return dict(vars(self))
+
+
+def estimate(resolution: Resolution, layout: OutputLayout, workers: int | None = None) -> Estimate:
+    """The cost of a resolved plan."""
+    workers = workers or os.cpu_count() or 1
+    units = [u for f in layout.files for u in f.units]
+    treated = [u for u in units if u.kind == "quantize"]
+    weights = sum(u.elements for u in treated)
+    everything = sum(_elements(t.shape) for t in resolution.checkpoint.tensors.values())
+    documents = {
+        **layout.side_documents(),
+        "quantplan.json": provenance(resolution, layout, {}),
+        "config.json": output_config(resolution),
+    }
+    files: Mapping[str, Any] = side_files(resolution.checkpoint) if resolution.checkpoint.path is not None else {}
+    tensor_bits = 8 * sum(t.size for t in layout.tensors.values())
+    work = sum(u.source.size * (u.assignment.algorithm.passes if u.assignment else 0.3) for u in _once(units))
+    return Estimate(
+        source_bytes=resolution.checkpoint.size,
+        tensor_bytes=layout.size,
+        output_bytes=layout.size + written_sizes(documents, files),
+        bits_per_weight=8 * sum(u.size for u in treated) / weights if weights else 0.0,
+        bits_per_weight_whole=tensor_bits / everything if everything else 0.0,
+        peak_memory=_peak(units, workers),
+        seconds=round(2 + work / BYTES_PER_SECOND / workers, 1),
+        files=len(layout.files),
+    )
+
+
+def _peak(units: list[Unit], workers: int) -> int:
+    """Codes of the largest matrices in flight and their encoded form, the pieces being worked on, and the interpreter.
+    A matrix whose one scale needs the whole of it is held in float32, several times."""
+    held = [u.elements * (24 if u.assignment and u.assignment.wq and not u.assignment.wq.splittable else 3) for u in units if u.matrix]
+    casts = [2 * u.source.size for u in units if u.kind == "cast"]
+    in_flight = sum(sorted(held, reverse=True)[: workers + 3])
+    return INTERPRETER + workers * PIECES + in_flight + max(casts, default=0)
+
+
+def _once(units: list[Unit]) -> list[Unit]:
+    """One unit for each source tensor."""
+    return list({u.source.name: u for u in units}.values())
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

@@ -1,0 +1,34 @@
+"""The seeds' own words for things the engine has under other names: thin, and one implementation each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from quantplan.errors import fail
+from quantplan.scheme import SCHEMES, Quantizer, SchemeConfig
+
+Pair = tuple[type[Quantizer], Callable[..., SchemeConfig]] | tuple[None, None]
+
+
+def create_quantizer_from_scheme(scheme: Mapping[str, Any], dtype: str | None = None) -> tuple[Pair, Pair]:
+    """Seed 001: `((WQ, WCfg), (AQ, ACfg))` from `{'wq': ..., 'aq': ...}`, each a scheme name, an object with `scheme` and its
+    options, or null; `WQ(WCfg())` is the quantizer. `group_size` is short for the weight's. `dtype`: of dequantized values.
+
+    Raises QuantplanError QP104 for another key, QP107 for an unknown scheme.
+    """
+    unknown = scheme.keys() - {"wq", "aq", "group_size"}
+    if unknown:
+        raise fail("QP104", f"unknown key '{min(unknown)}'", "a scheme has the keys wq, aq and group_size")
+    short = {"group_size": scheme["group_size"]} if scheme.get("group_size") else {}
+    return _pair(scheme.get("wq"), dtype, short), _pair(scheme.get("aq"), dtype, {})
+
+
+def _pair(choice: str | Mapping[str, Any] | None, dtype: str | None, short: Mapping[str, Any]) -> Pair:
+    if choice is None:
+        return None, None
+    options = dict(choice) if isinstance(choice, Mapping) else {"scheme": choice}
+    config = SCHEMES.get(options.pop("scheme", ""))
+    made = partial(config, **{**options, **short, "dtype": dtype})
+    return type(made().quantizer()), made

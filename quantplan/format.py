@@ -1,0 +1,51 @@
+"""CONTRACT: a format is a layout on disk. It says what it can hold, names and shapes every tensor before any weight is read,
+and turns quantized matrices into those tensors and back. Members live in `formats/`, one file each.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quantplan.assignment import Assignment
+from quantplan.models.modules import Matrix
+from quantplan.registry import Registry
+from quantplan.scheme import Layout, SchemeConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantplan.tensor import QuantizedTensor
+
+
+class Format(ABC):
+    """A layout on disk. Stateless."""
+
+    name: ClassVar[str]
+    engines: ClassVar[tuple[str, ...]] = ()  # what it is for, where a plan names no engines
+
+    @abstractmethod
+    def refuse(self, assignment: Assignment) -> str | None:
+        """Why the format cannot hold a module treated so; None when it can. Asked before work starts."""
+
+    @abstractmethod
+    def layout(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None) -> Layout:
+        """Full tensor name -> (safetensors dtype, shape) of everything stored for one quantized matrix."""
+
+    @abstractmethod
+    def encode(self, matrix: Matrix, quantized: QuantizedTensor, aq: SchemeConfig | None) -> dict[str, Tensor]:
+        """The tensors `layout` promised."""
+
+    @abstractmethod
+    def decode(
+        self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None, read: Callable[[str], Tensor]
+    ) -> QuantizedTensor:
+        """The quantized matrix, from tensors read by full name: the inverse of `encode`."""
+
+    @abstractmethod
+    def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
+        """The `quantization_config` of config.json."""
+
+
+FORMATS: Registry[Format] = Registry("format", "formats")

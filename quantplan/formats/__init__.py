@@ -1,0 +1,1 @@
+"""Layouts on disk, one file each; found by the registry, imported by nobody."""

@@ -1,0 +1,56 @@
+"""The Hugging Face Hub: headers by range request, snapshots when weights are needed. The only file that reaches a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from quantplan.errors import QuantplanError, fail
+from quantplan.headers import Checkpoint, TensorInfo, read_config
+
+
+def read_hub_headers(repo: str, revision: str | None = None) -> Checkpoint:
+    """Config, names and shapes of a Hub repository, fetched by range requests; no weights are downloaded.
+
+    Raises QP406 when the Hub cannot be reached (or is switched off), QP202 when the repository has no safetensors.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    try:
+        commit = HfApi().model_info(repo, revision=revision).sha or ""
+        metadata = HfApi().get_safetensors_metadata(repo, revision=commit)
+        config = read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
+    except NotASafetensorsRepoError:
+        raise fail("QP202", "the repository has no safetensors weights", "quantplan reads nothing else", file=repo) from None
+    except QuantplanError:
+        raise
+    except Exception as error:  # noqa: BLE001 - httpx, huggingface_hub and OS errors share no base class
+        raise _unreachable(repo, error) from error
+    tensors = {
+        name: TensorInfo(name, str(getattr(info.dtype, "value", info.dtype)), tuple(info.shape), file, *info.data_offsets)
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+    return Checkpoint(repo, None, config, tensors, revision=commit)
+
+
+def fetch(repo: str, revision: str | None = None) -> tuple[Path, str]:
+    """A local snapshot of a Hub repository (safetensors and side files), and its commit. Raises QP406."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+        path = Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored))
+    except Exception as error:  # noqa: BLE001 - as above
+        raise _unreachable(repo, error) from error
+    return path, path.name
+
+
+def _unreachable(repo: str, error: Any) -> QuantplanError:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return fail("QP406", "the Hub is switched off (HF_HUB_OFFLINE)", "give a local directory, or unset HF_HUB_OFFLINE", file=repo)
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return fail("QP406", f"cannot be fetched from the Hub: {reason}", "is the name right, the token set, the network up?", file=repo)

@@ -1,0 +1,219 @@
+"""Reading a plan: file -> plain data with places -> a valid `Plan`, or every problem at once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from quantplan.algorithm import ALGORITHMS
+from quantplan.engines import ENGINES
+from quantplan.errors import Path, Problem, QuantplanError, did_you_mean, errors_in, fail, printable
+from quantplan.format import FORMATS
+from quantplan.plan.pattern import check_pattern
+from quantplan.plan.schema import Override, Plan, Rule
+from quantplan.plan.source import Source, read_source
+from quantplan.registry import Registry
+from quantplan.scheme import SCHEMES
+
+# names of the design whose machinery is not there yet: said so, not called unknown
+PLANNED = {
+    "algorithm": ("gptq", "awq", "autoround", "hqq"),
+    "format": ("gguf", "mlx", "onnx"),
+    "engine": ("llama.cpp", "mlx", "onnxruntime", "sglang"),
+}
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A valid plan, and where everything in it stands."""
+
+    plan: Plan
+    source: Source
+    default_key: str = "default"
+
+    def locate(self, problem: Problem) -> Problem:
+        """The problem with its place in the file."""
+        path = problem.path
+        if path is None:
+            return problem
+        if path[:1] == ("default",):
+            path = (self.default_key, *path[1:])
+        return problem.at(self.source.locate(path, problem.at_key))
+
+    def canonical(self) -> str:
+        """The plan as one JSON text, the same for any spelling of the same plan; `$schema` is left out."""
+        data = self.plan.model_dump(mode="json", exclude_unset=True, exclude={"schema_"})
+        return json.dumps({"version": 1, **data}, sort_keys=True, separators=(",", ":"))
+
+
+def load_plan(plan: str | os.PathLike[str] | Mapping[str, Any]) -> LoadedPlan:
+    """A plan from a file, or from a dict. Raises QuantplanError with every problem that can be seen without a model."""
+    if isinstance(plan, Mapping):
+        try:
+            text = json.dumps(plan, indent=2)
+        except (TypeError, ValueError) as error:
+            raise fail("QP101", f"the plan is not JSON data: {error}") from None
+        data, source = read_source("plan.json", text.encode())
+    else:
+        data, source = read_source(plan)
+    loaded, problems = _validate(data, source)
+    if problems:
+        raise QuantplanError(problems)
+    assert loaded is not None
+    return loaded
+
+
+def _validate(data: Any, source: Source) -> tuple[LoadedPlan | None, list[Problem]]:
+    if not isinstance(data, dict):
+        return None, [Problem("QP105", "a plan is an object with keys such as 'default'", path=(), place=source.locate(()))]
+    key = "defaults" if "defaults" in data else "default"
+    if key == "defaults":
+        if "default" in data:
+            problem = Problem("QP102", "both 'default' and 'defaults'", "they are one key", ("defaults",), True)
+            return None, [problem.at(source.locate(("defaults",), True))]
+        data = {("default" if k == "defaults" else k): v for k, v in data.items()}
+    try:
+        loaded = LoadedPlan(Plan.model_validate(data), source, key)
+    except ValidationError as error:
+        unplaced = LoadedPlan(Plan(), source, key)
+        return None, _in_order(unplaced.locate(p) for p in schema_problems(error, Plan, data))
+    return loaded, _in_order(loaded.locate(p) for p in check_plan(loaded.plan))
+
+
+def _in_order(problems: Iterable[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda p: (p.place.line or 0, p.place.column or 0, p.code))
+
+
+def schema_problems(error: ValidationError, model: type[BaseModel], data: Any, prefix: Path = ()) -> Iterator[Problem]:
+    """pydantic's findings as problems, with paths below `prefix`."""
+    for item in error.errors(include_url=False, include_context=True):
+        path = (*prefix, *item["loc"])
+        kind, message = item["type"], item["msg"]
+        if kind == "extra_forbidden":
+            key = str(item["loc"][-1])
+            yield Problem("QP104", f"unknown key '{printable(key)}'", did_you_mean(key, _keys(item["loc"])), path, at_key=True)
+        elif kind == "missing":
+            yield Problem("QP105", f"key '{item['loc'][-1]}' is missing", path=path[:-1])
+        elif kind == "literal_error" and item["loc"] == ("version",):
+            yield Problem("QP106", f"this quantplan reads plans of version 1, not {item['input']!r}", path=path)
+        elif kind == "value_error":
+            # our own validators write "field: what is wrong"
+            name, _, text = message.removeprefix("Value error, ").partition(": ")
+            yield Problem("QP105", text or name, path=(*path, name) if text else path)
+        else:
+            yield Problem("QP105", f"{message[0].lower()}{message[1:]}", path=path)
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed where an unknown one was found."""
+    if len(loc) == 1:
+        return [f.alias or n for n, f in Plan.model_fields.items()]
+    if loc[0] == "output":
+        from quantplan.plan.schema import Output
+
+        return list(Output.model_fields)
+    return list((Override if loc[0] == "overrides" else Rule).model_fields)
+
+
+def check_plan(plan: Plan) -> Iterator[Problem]:
+    """What is wrong with a well-formed plan whatever the model: names, options, patterns, contradictions."""
+    yield from _check_rule(plan.default, ("default",), is_default=True)
+    for index, override in enumerate(plan.overrides):
+        path: Path = ("overrides", index)
+        yield from _check_rule(override, path)
+        for place, pattern in enumerate(override.pattern):
+            reason = check_pattern(pattern)
+            if reason:
+                yield Problem("QP109", f"pattern {reason}", path=(*path, "pattern", place))
+    for key in ("transforms", "kv_cache", "calibration"):
+        if getattr(plan, key):
+            yield Problem("QP108", f"'{key}' is not available yet", "remove it: this version quantizes without data", (key,), True)
+    yield from _check_name(FORMATS, plan.output.format, ("output", "format"))
+    for index, engine in enumerate(plan.engines or ()):
+        if engine not in ENGINES:
+            yield _unknown("engine", engine, ENGINES, ("engines", index))
+
+
+def _check_rule(rule: Rule, path: Path, is_default: bool = False) -> Iterator[Problem]:
+    if rule.keep and (rule.wq is not None or rule.aq is not None):
+        yield Problem("QP105", "keep: true beside a scheme", "keep means wq: null and aq: null", (*path, "keep"))
+    if rule.group_size is not None and isinstance(rule.wq, dict) and "group_size" in rule.wq:
+        yield Problem("QP105", "group_size is given twice", "it is short for wq.group_size", (*path, "group_size"))
+    if is_default and rule.keep is False:
+        yield Problem("QP105", "keep: false in the default", "lift built-in rules in overrides, by name", (*path, "keep"))
+    short = {} if rule.group_size is None else {"group_size": rule.group_size}
+    yield from _check_choice(SCHEMES, rule.wq, (*path, "wq"), "scheme", is_default, short)
+    yield from _check_choice(SCHEMES, rule.aq, (*path, "aq"), "scheme", is_default, {})
+    yield from _check_choice(ALGORITHMS, rule.algorithm, (*path, "algorithm"), "name", is_default, {})
+
+
+def _check_choice(
+    registry: Registry[Any], choice: Any, path: Path, key: str, is_default: bool, short: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """A scheme or algorithm and its options: known names, known options, options it can take."""
+    if choice is None:
+        return
+    options = dict(choice) if isinstance(choice, dict) else {key: choice}
+    name = options.pop(key, None)
+    where = (*path, key) if isinstance(choice, dict) else path
+    if path[-1] == "aq" and options.pop("dynamic", True) is not True:
+        yield Problem("QP108", "static activation ranges are not available yet", "leave out 'dynamic: false'", (*path, "dynamic"))
+    if name is None:
+        if is_default:
+            yield Problem("QP105", f"key '{key}' is missing", f"say which {registry.kind}", path)
+        known = {o for member in registry for o in member.plan_options()}
+        for option in options:
+            if option not in known:
+                yield Problem("QP104", f"no {registry.kind} has an option '{printable(option)}'", did_you_mean(option, known), (*path, option), True)
+        return
+    if not isinstance(name, str):
+        yield Problem("QP105", "expected a name", path=where)
+        return
+    problem = next(_check_name(registry, name, where), None)
+    if problem:
+        yield problem
+        return
+    member = registry.get(name)
+    known = set(member.plan_options())
+    unknown = [o for o in options if o not in known]
+    for option in unknown:
+        text = f"{registry.kind} '{name}' has no option '{printable(option)}'"
+        yield Problem("QP104", text, did_you_mean(option, known | ({"dynamic"} if path[-1] == "aq" else set())), (*path, option), True)
+    if not unknown:
+        yield from _try_options(member, options, path, short)
+
+
+def _try_options(member: Any, options: Mapping[str, Any], path: Path, short: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        member.model_validate({**options, **short}, strict=True)
+    except ValidationError as error:
+        for problem in schema_problems(error, member, options, path):
+            assert problem.path is not None
+            moved = problem.path[-1] in short or problem.path[-1] not in options
+            yield Problem(problem.code, problem.message, problem.help, _nearest(problem.path, path, short) if moved else problem.path)
+
+
+def _nearest(found: Path, path: Path, short: Mapping[str, Any]) -> Path:
+    """Where a finding about `wq.group_size` belongs when the plan wrote the short form, or nothing at all."""
+    return (*path[:-1], found[-1]) if found[-1] in short else path
+
+
+def _check_name(registry: Registry[Any], name: str, path: Path) -> Iterator[Problem]:
+    if name not in registry:
+        yield _unknown(registry.kind, name, registry.names(), path)
+
+
+def _unknown(kind: str, name: str, known: Iterable[str], path: Path) -> Problem:
+    if name in PLANNED.get(kind, ()):
+        return Problem("QP108", f"{kind} '{name}' is not available yet", f"available: {', '.join(sorted(known))}", path)
+    return Problem("QP107", f"unknown {kind} '{printable(name)}'", did_you_mean(name, known), path)
+
+
+def has_errors(problems: Iterable[Problem]) -> bool:
+    """Whether any problem stops the work."""
+    return next(errors_in(problems), None) is not None

@@ -1,0 +1,247 @@
+"""CONTRACT: a scheme is a number format with options. Its config is torch-free and says what a plan may set and what is
+stored; its quantizer is the arithmetic. Members live in `schemes/`, one file each.
+
+A quantizer sees groups only: the last axis of `x` shares one set of parameters. How a matrix falls into groups (whole
+tensor, channel, group, 128x128 block, token) is said once, here.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from quantplan.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantplan.tensor import QuantizedTensor
+
+Granularity = Literal["tensor", "channel", "group", "block", "token"]
+DType = Literal["bfloat16", "float16", "float32"]
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> (safetensors dtype, shape)
+Params = dict[str, "Tensor"]
+
+BLOCK = 128  # side of a block: DeepSeek-V3's FP8 blocks, the only size engines compute with
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+NOT_IN_PLANS = frozenset({"dtype"})
+
+
+class SchemeConfig(BaseModel, ABC):
+    """The options of a scheme; its fields are what a plan may write beside `scheme`. Frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: ClassVar[str]
+    bits: ClassVar[int]
+    granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor", "group", "block", "token")
+    default_group_size: ClassVar[int | None] = None  # None: the first of `granularities` is the default
+    fixed_group_size: ClassVar[int | None] = None  # the format fixes it (mx, nvfp4)
+    tensor_params: ClassVar[frozenset[str]] = frozenset()  # parameters that belong to the whole tensor
+
+    granularity: Granularity | None = None
+    """what shares one scale: the whole `tensor`, an output `channel`, a `group` of columns, a 128x128 `block`, or a `token`
+    (activations); by default `group` where a group size is set, else the scheme's own"""
+    group_size: PositiveInt | None = None
+    """columns that share one scale"""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """to nearest with ties to even, or up with probability equal to the remainder"""
+    seed: int = 0
+    """seed of stochastic rounding"""
+    dtype: DType | None = Field(default=None, exclude=True)
+    """dtype of dequantized values when the quantizer is used by hand; the input's by default"""
+
+    @model_validator(mode="after")
+    def _check_grouping(self) -> SchemeConfig:
+        strategy = self.strategy
+        if strategy not in self.granularities:
+            raise ValueError(f"granularity: {self.name} has no granularity '{strategy}' (it has {', '.join(self.granularities)})")
+        if self.group_size is not None and strategy != "group":
+            raise ValueError(f"group_size: granularity '{strategy}' takes no group_size")
+        if strategy == "group" and self.group is None:
+            raise ValueError("granularity: granularity 'group' needs a group_size")
+        if self.fixed_group_size and self.group_size not in (None, self.fixed_group_size):
+            raise ValueError(f"group_size: {self.name} has groups of {self.fixed_group_size}, always")
+        return self
+
+    @classmethod
+    def plan_options(cls) -> dict[str, Any]:
+        """Option name -> pydantic field, as a plan may set them."""
+        return {n: f for n, f in cls.model_fields.items() if n not in NOT_IN_PLANS}
+
+    @property
+    def strategy(self) -> Granularity:
+        """The granularity in effect."""
+        if self.granularity:
+            return self.granularity
+        if self.group_size or self.default_group_size or self.fixed_group_size:
+            return "group"
+        return self.granularities[0]
+
+    @property
+    def group(self) -> int | None:
+        """The group size in effect; None unless the strategy is `group`."""
+        return (self.group_size or self.fixed_group_size or self.default_group_size) if self.strategy == "group" else None
+
+    @property
+    def symmetric_grid(self) -> bool:
+        """Whether zero is the centre of the grid, so that no zero point is stored."""
+        return True
+
+    @property
+    def splittable(self) -> bool:
+        """Whether rows (in multiples of a block's side) can be quantized apart with the same result."""
+        return self.strategy != "tensor"
+
+    @property
+    def needs_absmax(self) -> bool:
+        """Whether `fit` must be told the largest magnitude of the whole tensor (and of those fused with it)."""
+        return bool(self.tensor_params)
+
+    def shrink_factors(self, count: int, lowest: float) -> list[float]:
+        """Range factors a scale search tries, 1 first: `count` steps from 1 down to `lowest`."""
+        return [1 - i * (1 - lowest) / (count - 1) for i in range(count)]
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many groups a `[rows, columns]` matrix has, down and across."""
+        strategy = self.strategy
+        if strategy == "tensor":
+            return 1, 1
+        if strategy == "group":
+            return rows, columns // (self.group or columns)
+        if strategy == "block":
+            return -(-rows // BLOCK), -(-columns // BLOCK)
+        return rows, 1
+
+    def misfit(self, columns: int) -> tuple[int, list[int]] | None:
+        """(group size, sizes that would divide) when groups do not divide `columns`; None when they do."""
+        if self.group is None or columns % self.group == 0:
+            return None
+        return self.group, [s for s in (512, 256, 128, 64, 32, 16, 8) if columns % s == 0]
+
+    @abstractmethod
+    def param_layout(self, rows: int, columns: int) -> Layout:
+        """Name, dtype and shape of each stored parameter of a `[rows, columns]` matrix."""
+
+    @abstractmethod
+    def quantizer(self, stream: str = "") -> Quantizer:
+        """The arithmetic. `stream` (a tensor's name) keeps the random numbers of different tensors apart."""
+
+
+class Quantizer(ABC):
+    """The arithmetic of a scheme. Members implement `fit`, `encode` and `decode` on groups; the rest follows."""
+
+    def __init__(self, config: SchemeConfig, stream: str = "") -> None:
+        self.config = config
+        self._stream = stream
+        self._generator: torch.Generator | None = None
+
+    @abstractmethod
+    def fit(self, x: Tensor, shrink: float = 1.0, absmax: Tensor | None = None) -> Params:
+        """Parameters for groups `x`, float32 `[..., size]`; each has a last axis of 1, in its stored dtype.
+
+        `shrink` scales the range the grid covers (what lies outside saturates); `absmax` is the largest magnitude of the
+        whole tensor, for schemes with `needs_absmax`. Raises NonFinite when `x` holds NaN or infinity.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor, params: Params) -> Tensor:
+        """The nearest codes, uint8, shape of `x`. Values outside the range saturate."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        """Float32 values of codes, shape of `codes`."""
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The random numbers of stochastic rounding; None when rounding to nearest."""
+        if self.config.rounding == "stochastic" and self._generator is None:
+            import torch
+
+            self._generator = torch.Generator().manual_seed(self.config.seed * 2**32 + zlib.crc32(self._stream.encode()))
+        return self._generator
+
+    def groups(self, x: Tensor) -> Tensor:
+        """A matrix `[rows, columns]` as groups `[down, across, size]`; blocks at the edges are padded with zeros."""
+        import torch
+
+        rows, columns = x.shape
+        strategy = self.config.strategy
+        if strategy == "tensor":
+            return x.reshape(1, 1, -1)
+        if strategy == "block":
+            x = torch.nn.functional.pad(x, (0, -columns % BLOCK, 0, -rows % BLOCK))
+            down, across = x.shape[0] // BLOCK, x.shape[1] // BLOCK
+            return x.view(down, BLOCK, across, BLOCK).transpose(1, 2).reshape(down, across, BLOCK * BLOCK)
+        return x.reshape(rows, -1, self.config.group or columns)
+
+    def ungroup(self, groups: Tensor, rows: int, columns: int) -> Tensor:
+        """The inverse of `groups`."""
+        if self.config.strategy == "block":
+            down, across = groups.shape[:2]
+            whole = groups.view(down, across, BLOCK, BLOCK).transpose(1, 2).reshape(down * BLOCK, across * BLOCK)
+            return whole[:rows, :columns]
+        return groups.reshape(rows, columns)
+
+    def quantize_groups(self, groups: Tensor, params: Params, rows: int, columns: int) -> QuantizedTensor:
+        """Groups, as `groups` makes them, with chosen parameters, as a quantized matrix."""
+        from quantplan.tensor import QuantizedTensor
+
+        codes = self.ungroup(self.encode(groups, params), rows, columns)
+        stored = {n: p if n in self.config.tensor_params else p.squeeze(-1) for n, p in params.items()}
+        return QuantizedTensor(codes.contiguous(), stored, self.config)
+
+    def quantize(self, x: Tensor, absmax: Tensor | None = None) -> QuantizedTensor:
+        """A matrix `[rows, columns]`, any float dtype, rounded with parameters fitted to its range."""
+        groups = self.groups(x.float())
+        if absmax is None and self.config.needs_absmax:
+            absmax = largest_magnitude(groups).amax()
+        return self.quantize_groups(groups, self.fit(groups, absmax=absmax), *x.shape)
+
+    def dequantize(self, q: QuantizedTensor) -> Tensor:
+        """The matrix the codes stand for, float32 `[rows, columns]`."""
+        params = {n: p if n in self.config.tensor_params else p.unsqueeze(-1) for n, p in q.params.items()}
+        return self.ungroup(self.decode(self.groups(q.codes), params), *q.shape)
+
+    def fake_quantize(self, x: Tensor, absmax: Tensor | None = None) -> Tensor:
+        """`x` of any shape (its last axis is the columns) quantized and dequantized, in `config.dtype` or its own."""
+        import torch
+
+        dtype = getattr(torch, self.config.dtype) if self.config.dtype else x.dtype
+        if x.numel() == 0:
+            return x.to(dtype)
+        return self.dequantize(self.quantize(x.reshape(-1, x.shape[-1]), absmax)).view(x.shape).to(dtype)
+
+    def quantize_weight(self, weight: Tensor) -> Tensor:
+        """Seed 001's word: a weight rounded to the grid, `[out, ...]`, in `config.dtype` or its own dtype."""
+        return self.fake_quantize(weight.reshape(weight.shape[0], -1) if weight.dim() > 2 else weight).view(weight.shape)
+
+    def quantize_activation(self, x: Tensor) -> Tensor:
+        """Seed 001's word: activations `[..., features]` rounded to the grid, ranges taken from `x` itself (dynamic)."""
+        return self.fake_quantize(x)
+
+
+class NonFinite(ValueError):
+    """NaN or infinity where numbers were expected; whoever knows the tensor's name says it."""
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """`max |x|` over the last axis, kept as an axis of 1. Raises NonFinite."""
+    absmax = x.abs().amax(-1, keepdim=True)
+    check_finite(absmax)
+    return absmax
+
+
+def check_finite(statistic: Tensor) -> None:
+    """Raises NonFinite unless every element is finite: a maximum carries NaN and infinity along, and is small to check."""
+    if statistic.numel() and not math.isfinite(statistic.abs().amax().item()):
+        raise NonFinite("NaN or infinity in the input")
+
+
+SCHEMES: Registry[SchemeConfig] = Registry("scheme", "schemes")
