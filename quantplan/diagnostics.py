@@ -1,7 +1,7 @@
 """Problems for machines: the reports that CI systems read, one document for all checked files.
 
-Every form is plain ASCII but `text`, so a console in any encoding can carry it. Names come from plans and checkpoints
-that nobody vouches for: control characters never reach a report raw, and nothing in a message can end its field.
+Names come from plans and checkpoints that nobody vouches for: control characters never reach a report raw, and nothing
+in a message can end its field. The JSON and XML reports are plain ASCII, so a console in any encoding carries them.
 """
 
 import json
@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from urllib.parse import quote
 
 from quantplan.errors import CodePage, Place, Problem, code_pages, render
 
@@ -48,7 +47,7 @@ def emit(checked: Sequence[Checked], output_format: str, version: str) -> str:
 
 
 def _text(checked: Sequence[Checked]) -> str:
-    shown = [render(p) for c in checked for p in c.problems]
+    shown = [_safe(render(p)) for c in checked for p in c.problems]
     errors, notes = _count(checked)
     summary = f"{_plural(len(checked), 'plan')} checked, {_plural(errors, 'problem') if errors else 'no problem'}"
     return "\n\n".join([*shown, summary + (f", {_plural(notes, 'note')}" if notes else "")])
@@ -187,6 +186,8 @@ def _path(file: str) -> str:
 
 
 def _uri(path: str) -> str:
+    from urllib.parse import quote
+
     try:
         raw = path.encode("utf-8", "surrogateescape")  # the bytes of the name on disk
     except UnicodeEncodeError:

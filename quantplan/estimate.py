@@ -43,12 +43,9 @@ def estimate(resolution: Resolution, layout: OutputLayout, workers: int | None =
     treated = [u for u in units if u.kind == "quantize"]
     weights = sum(u.elements for u in treated)
     everything = sum(_elements(t.shape) for t in resolution.checkpoint.tensors.values())
-    documents = {
-        **layout.side_documents(),
-        "quantplan.json": provenance(resolution, layout, {}),
-        "config.json": output_config(resolution),
-    }
     files: Mapping[str, Any] = side_files(resolution.checkpoint) if resolution.checkpoint.path is not None else {}
+    documents = {**layout.side_documents(), "config.json": output_config(resolution)}
+    documents["quantplan.json"] = provenance(resolution, layout, {}, [*documents, *files])
     tensor_bits = 8 * sum(t.size for t in layout.tensors.values())
     work = sum(u.source.size * (u.assignment.algorithm.passes if u.assignment else 0.3) for u in _once(units))
     return Estimate(

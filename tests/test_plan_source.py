@@ -89,7 +89,7 @@ def at(found: Problem) -> tuple[str, int | None, int | None]:
 def test_yaml_scalars_are_those_of_the_core_schema(text: str, value: object) -> None:
     loaded = load(f"key: {text}\n")
     assert loaded == {"key": value}
-    assert type(loaded["key"]) is type(value)  # type: ignore[index]
+    assert type(loaded["key"]) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +188,7 @@ def test_places(text: str, name: str, path: tuple, at_key: bool, expected: tuple
 @pytest.mark.parametrize("at_key", [False, True])
 def test_a_path_the_file_lacks_is_located_at_what_would_hold_it(at_key: bool) -> None:
     source = read_source("p.yaml", BLOCK.encode())[1]
+    path: tuple[str | int, ...]
     for path in [("overrides", 0, "aq"), ("overrides", 0, "aq", "int4", "bits"), ("overrides", 0, 7)]:
         assert source.locate(path, at_key) == source.locate(("overrides", 0))
     for path in [("overrides", 2), ("overrides", -1), ("overrides", "0"), ("overrides", 9, "wq")]:
@@ -430,6 +431,12 @@ def test_alias_and_merge_bombs_are_refused_at_the_first_anchor(text: str) -> Non
 def test_a_million_values_are_the_limit(name: str) -> None:
     assert problem("[" + "1," * 1_000_000 + "1]", name).message == "more than 1,000,000 keys and values"
     assert len(load("[" + "1," * 200_000 + "1]", name)) == 200_001  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tail", [b"", b"\xff"])
+def test_empty_lines_are_limited_too(tail: bytes) -> None:
+    for name, newline in [("p.json", b"\n"), ("p.json", b"\r\n"), ("p.yaml", b"\r")]:
+        assert problem(newline * 2_000_001 + tail, name).message == "more than 2,000,000 lines"
 
 
 def test_a_plan_of_5000_overrides_is_read_fast() -> None:

@@ -5,7 +5,7 @@ output checked. Torch-free; no paths, times or host names, so that the same run 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from quantplan.headers import Checkpoint
 from quantplan.plan.resolve import Resolution
 
 NAME = "quantplan.json"
+UNKNOWN = "0" * 64
 VERSIONED = ("quantplan", "torch", "safetensors", "transformers", "compressed-tensors")
 
 
@@ -72,8 +73,12 @@ def treatments(assignments: Mapping[str, Assignment]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def provenance(resolution: Resolution, layout: OutputLayout, hashes: Mapping[str, str]) -> bytes:
-    """The document. Its length does not depend on the hashes, so that the estimate can be exact."""
+def provenance(
+    resolution: Resolution, layout: OutputLayout, hashes: Mapping[str, str], others: Mapping[str, str] | Iterable[str]
+) -> bytes:
+    """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone. Its length does not
+    depend on the hashes, so that the estimate can be exact."""
+    named = dict(others) if isinstance(others, Mapping) else dict.fromkeys(others, UNKNOWN)
     header = {f.name: _sha256(f.header) for f in layout.files}
     return json_bytes({
         "quantplan": 1,
@@ -83,8 +88,14 @@ def provenance(resolution: Resolution, layout: OutputLayout, hashes: Mapping[str
         "versions": versions(),
         "treatments": treatments(resolution.assignments),
         "files": {f.name: {"size": f.size, "header_sha256": header[f.name]} for f in layout.files},
-        "tensors": {name: hashes.get(name, "0" * 64) for name in layout.tensors},
+        "other_files": {name: named[name] for name in sorted(named)},
+        "tensors": {name: hashes.get(name, UNKNOWN) for name in layout.tensors},
     })  # fmt: skip
+
+
+def other_hashes(documents: Mapping[str, bytes], files: Mapping[str, Path]) -> dict[str, str]:
+    """sha256 of the documents and side files that stand beside the weights."""
+    return {n: _sha256(d) for n, d in documents.items()} | {n: _sha256(p.read_bytes()) for n, p in files.items()}
 
 
 def _sha256(data: bytes) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
-from quantplan.checkpoint.provenance import NAME, fingerprint, provenance
+from quantplan.checkpoint.provenance import NAME, fingerprint, other_hashes, provenance
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.side_files import output_config, side_files
 from quantplan.checkpoint.writer import CHUNK, CheckpointWriter
@@ -107,12 +107,11 @@ def apply(
                 if on_step is not None:
                     on_step(step)
             account(resolution, layout, writer)
-            documents = {
-                **layout.side_documents(),
-                NAME: provenance(resolution, layout, writer.hashes),
-                "config.json": output_config(resolution),
-            }
-            writer.publish(copied, documents)
+            config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
+            documents = layout.side_documents()
+            others = other_hashes({**documents, **config}, copied)
+            record = {NAME: provenance(resolution, layout, writer.hashes, others)}
+            writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
 

@@ -14,7 +14,7 @@ from quantplan.plan.pattern import is_literal
 from quantplan.plan.schema import Override, Rule
 
 State = dict[str, tuple[Any, Origin]]  # field, as `wq.group_size` -> value and origin
-BUILT_IN = Origin(label="built-in")
+BUILT_IN = Origin(label="default")
 _PARTS = {"wq": "scheme", "aq": "scheme", "algorithm": "name"}
 
 

@@ -27,6 +27,7 @@ Event = tuple[str, int, int, object]  # kind, start, end, value
 
 MAX_MIB = {"YAML": 8, "JSON": 64}
 MAX_DEPTH, MAX_NODES, MAX_DIGITS = 64, 1_000_000, 30
+MAX_LINES = 2 * MAX_NODES  # every value and every closing bracket in a line of its own
 
 # what may not stand in a file at all: it is then not text, or not text that every reader takes alike
 NOT_TEXT = {
@@ -141,6 +142,8 @@ class _Text:
     """The text of a file and the way from offsets in it to lines and columns."""
 
     def __init__(self, file: str, body: str) -> None:
+        if max(body.count("\n"), body.count("\r")) > MAX_LINES:
+            raise fail("QP103", f"more than {MAX_LINES:,} lines", "use fewer, wider patterns", file=file)
         self.file, self.body = file, body
         self.lines = tuple(BREAK.split(body))
         self.starts = [0, *(m.end() for m in BREAK.finditer(body))]
@@ -317,7 +320,8 @@ def _json_events(text: _Text) -> Iterator[Event]:
 
 def _json_string(text: _Text, at: int) -> tuple[str, int]:
     try:
-        return scanstring(text.body, at + 1, True)
+        found: tuple[str, int] = scanstring(text.body, at + 1, True)
+        return found
     except json.JSONDecodeError as error:
         message = error.msg.lower().removesuffix(" at").removesuffix(" starting")
         help = "close the string, or write the character as an escape"

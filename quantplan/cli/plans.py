@@ -1,0 +1,185 @@
+"""Commands on plans and headers: validate, explain, diff, estimate, shapes. They never import torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantplan.cli import show
+from quantplan.errors import Problem, QuantplanError, errors_in
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML.")]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Directory, shapes file, or Hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of a Hub id.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+def validate(
+    plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="Plan files, JSON or YAML.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="Resolve every layer of this model too.")] = None,
+    output_format: Annotated[str, typer.Option(help="text, json, github, gitlab, sarif or junit.")] = "text",
+    as_json: AsJson = False,
+    revision: Revision = None,
+) -> int:
+    """Check plans: every mistake at once. Ends with 1 when there is an error."""
+    from quantplan import __version__
+    from quantplan.diagnostics import FORMATS, Checked, emit
+
+    chosen = "json" if as_json else output_format
+    if chosen not in FORMATS:
+        raise typer.BadParameter(f"'{chosen}' is none of {', '.join(FORMATS)}", param_hint="--output-format")
+    checked = [Checked(str(plan), problems_of(plan, model, revision)) for plan in plans]
+    print(emit(checked, chosen, __version__).rstrip("\n"))
+    return int(any(next(errors_in(c.problems), None) for c in checked))
+
+
+def problems_of(plan: Path, model: str | None, revision: str | None) -> tuple[Problem, ...]:
+    """Everything found in one plan, with a model or without. A bad checkpoint is raised, for it is not the plan's fault."""
+    from quantplan.plan.load import load_plan
+
+    try:
+        loaded = load_plan(plan)
+    except QuantplanError as error:
+        return error.problems
+    if model is None:
+        return ()
+    from quantplan.headers import read_checkpoint
+    from quantplan.plan.resolve import resolve
+
+    return resolve(loaded, read_checkpoint(model, revision)).problems
+
+
+def explain(
+    plan: PlanFile,
+    model: Model,
+    modules: Annotated[list[str] | None, typer.Argument(metavar="[MODULE]...", help="Names or patterns; all by default.")] = None,
+    as_json: AsJson = False,
+    revision: Revision = None,
+) -> int:
+    """Show what each module gets, and which line of the plan said so."""
+    from quantplan.errors import did_you_mean, fail
+    from quantplan.explain import chosen, explain_module, summary, totals
+
+    resolution = _resolved(plan, model, revision)
+    found = chosen(resolution, modules or ())
+    if not found:
+        raise fail("QP110", f"no module matches {', '.join(modules or ())}", did_you_mean((modules or [""])[0], resolution.assignments))
+    if as_json:
+        show.document({
+            "modules": [
+                {"module": a.name, "treatment": summary(a), "fields": [vars(f) for f in explain_module(resolution, a)]} for a in found
+            ],
+            "totals": [{"treatment": t, "modules": n, "weights": w} for t, n, w in totals(resolution)],
+            "problems": [p.as_dict() for p in resolution.problems],
+        })  # fmt: skip
+    elif modules:
+        for a in found:
+            show.table(("field", "value", "set by"), ((f.name, f.value, f.origin) for f in explain_module(resolution, a)), a.name)
+    else:
+        show.table(("module", "treatment", "shape"), ((a.name, summary(a), "×".join(map(str, a.module.tensor.shape))) for a in found))
+        print()
+        show.table(("treatment", "modules", "weights"), ((t, n, f"{w:,}") for t, n, w in totals(resolution)))
+    return _say(resolution.problems)
+
+
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="PLAN_A", help="Plan file.")],
+    after: Annotated[Path, typer.Argument(metavar="PLAN_B", help="Plan file.")],
+    model: Model,
+    as_json: AsJson = False,
+    revision: Revision = None,
+) -> int:
+    """Show which modules two plans treat differently, and the bytes it costs."""
+    from quantplan import explain as explaining
+    from quantplan.headers import read_checkpoint
+    from quantplan.plan.load import load_plan
+    from quantplan.plan.resolve import resolve
+
+    checkpoint = read_checkpoint(model, revision)
+    a, b = (resolve(load_plan(plan), checkpoint).require() for plan in (before, after))
+    changes = explaining.diff(a, b)
+    delta = sum(c.bytes_after - c.bytes_before for c in changes)
+    if as_json:
+        show.document({"changes": [vars(c) for c in changes], "bytes": delta})
+        return 0
+    if changes:
+        rows = ((c.module, c.before, c.after, show.size(c.bytes_before), show.size(c.bytes_after)) for c in changes)
+        show.table(("module", before.name, after.name, "bytes", "→ bytes"), rows)
+        print()
+    print(f"{len(changes)} of {len(a.assignments)} modules change, {'+' if delta >= 0 else '−'}{show.size(abs(delta))}")
+    return 0
+
+
+def estimate(plan: PlanFile, model: Model, as_json: AsJson = False, revision: Revision = None) -> int:
+    """Predict output size (exactly), bits per weight, memory and time."""
+    from quantplan import estimate as estimating
+    from quantplan.checkpoint.layout import output_layout
+
+    resolution = _resolved(plan, model, revision).require()
+    predicted = estimating.estimate(resolution, output_layout(resolution))
+    if as_json:
+        show.document(predicted.as_dict())
+    else:
+        show_estimate(predicted)
+    return _say(resolution.notes)
+
+
+def show_estimate(predicted: object) -> None:
+    """The estimate as lines."""
+    from quantplan.estimate import Estimate
+
+    assert isinstance(predicted, Estimate)
+    rows = [
+        ("source", f"{show.size(predicted.source_bytes)}"),
+        ("output", f"{show.size(predicted.output_bytes)} ({predicted.output_bytes:,} bytes) in {predicted.files} file{'s' * (predicted.files != 1)}"),
+        ("bits per quantized weight", f"{predicted.bits_per_weight:.3f}, scales and zero points counted"),
+        ("bits per weight, whole model", f"{predicted.bits_per_weight_whole:.3f}"),
+        ("peak memory", f"about {show.size(predicted.peak_memory)}"),
+        ("disk", f"{show.size(predicted.output_bytes)} free space while writing"),
+        ("time", f"about {predicted.seconds:.0f} s"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:{width}}  {value}")
+
+
+def shapes(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; standard output by default.")] = None,
+    revision: Revision = None,
+) -> int:
+    """Write a model's names and shapes as a small file to commit and validate plans against."""
+    import json
+
+    from quantplan.headers import read_checkpoint, shapes_document
+
+    document = shapes_document(read_checkpoint(model, revision))
+    tensors = ",\n".join(f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in document.pop("tensors").items())
+    text = f'{json.dumps(document, indent=2, ensure_ascii=False)[:-2]},\n  "tensors": {{\n{tensors}\n  }}\n}}\n'
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, "utf-8")
+    return 0
+
+
+def _resolved(plan: Path, model: str, revision: str | None):  # type: ignore[no-untyped-def]
+    from quantplan.headers import read_checkpoint
+    from quantplan.plan.load import load_plan
+    from quantplan.plan.resolve import resolve
+
+    return resolve(load_plan(plan), read_checkpoint(model, revision))
+
+
+def _say(problems: object) -> int:
+    """Problems on standard error; 3 when one of them is an error."""
+    import sys
+
+    from quantplan.errors import render
+
+    listed = tuple(problems)  # type: ignore[call-overload]
+    for problem in listed:
+        print(render(problem), file=sys.stderr)
+    return 3 if next(errors_in(listed), None) else 0

@@ -1,0 +1,150 @@
+"""Commands that do the work: apply, verify, eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantplan.cli import show
+from quantplan.errors import render
+
+if TYPE_CHECKING:
+    from quantplan.engine.apply import Report, Step
+    from quantplan.engine.verify import Verification
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+RESUME = "what is done is kept: repeat the same command to go on"
+
+
+def apply(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a checkpoint, or Hub id.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Stop after the estimate.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, in one step, when the new one is complete.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Quantize a checkpoint as a plan says. OUT is absent or whole at every moment; an interrupted run goes on."""
+    from quantplan.cli.interrupt import stoppable
+    from quantplan.engine import apply as engine
+
+    if dry_run:
+        return _dry_run(model, plan, output, threads, revision, as_json)
+    with stoppable() as stop, show.progress("quantizing", quiet) as advance:
+
+        def on_step(step: Step) -> None:
+            advance(step.done, step.total, step.unit.name)
+            stop.check(RESUME)
+
+        report = engine.apply(
+            model, plan, output, overwrite=overwrite, restart=restart, workers=threads, revision=revision, on_step=on_step
+        )
+    if as_json:
+        show.document(report.as_dict())
+    else:
+        _show_report(report)
+    return 0
+
+
+def _dry_run(model: str, plan: Path, output: Path, threads: int | None, revision: str | None, as_json: bool) -> int:
+    from quantplan.checkpoint.layout import output_layout
+    from quantplan.cli.plans import show_estimate
+    from quantplan.engine.apply import check_environment, check_target, prepare
+    from quantplan.estimate import estimate
+
+    resolution = prepare(model, plan, revision)
+    if resolution.checkpoint.path is not None:
+        check_target(output, resolution.checkpoint.path)
+    predicted = estimate(resolution, output_layout(resolution), threads)
+    check_environment(predicted, output)
+    if as_json:
+        show.document(predicted.as_dict())
+    else:
+        show_estimate(predicted)
+    for note in resolution.notes:
+        print(render(note), file=sys.stderr)
+    return 0
+
+
+def _show_report(report: Report) -> None:
+    from quantplan.explain import totals
+
+    for note in report.resolution.notes:
+        print(render(note), file=sys.stderr)
+    source = report.resolution.checkpoint.size
+    rows = ((t, n, f"{w:,}") for t, n, w in totals(report.resolution))
+    show.table(("treatment", "modules", "weights"), rows)
+    again = f", {report.reused_files} files taken over from an interrupted run" if report.reused_files else ""
+    print(
+        f"\n{report.out}: {show.size(source)} → {show.size(report.written)} "
+        f"({report.estimate.bits_per_weight:.3f} bits per quantized weight), "
+        f"{report.seconds:.1f} s, peak memory {show.size(report.peak_memory)}{again}"
+    )
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that quantplan wrote.")],
+    source: Annotated[str | None, typer.Option("--source", "-s", metavar="MODEL", help="The checkpoint it was made from: errors per layer.")] = None,
+    plan: Annotated[Path | None, typer.Option("--plan", "-p", help="The plan it should have been made by.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Check an output: every tensor accounted for, every byte as recorded, every layer's error. Ends with 1 on a finding."""
+    from quantplan.engine import verify as engine
+
+    with show.progress("verifying", quiet) as advance:
+        found = engine.verify(out, source, plan, lambda name, done, total: advance(done, total, name))
+    if as_json:
+        show.document(found.as_dict())
+    else:
+        _show_verification(found)
+    return 0 if found.ok else 1
+
+
+def _show_verification(found: Verification) -> None:
+    for problem in found.problems:
+        print(render(problem), file=sys.stderr)
+    if found.layers:
+        worst = sorted(found.layers, key=lambda layer: layer.snr)
+        mean = sum(layer.snr for layer in found.layers) / len(found.layers)
+        rows = ((e.name, e.scheme, f"{e.snr:.2f}", f"{e.largest:.6f}") for e in worst[:10])
+        show.table(("module", "scheme", "SNR dB", "max error"), rows, f"{len(worst)} quantized matrices, mean SNR {mean:.2f} dB; the worst:")
+        print()
+    checked = "record and source" if found.source_checked else "record"
+    if found.ok:
+        print(f"{found.out}: {found.tensors} tensors, all as {checked} {'say' if found.source_checked else 'says'}")
+    else:
+        print(f"{found.out}: {len(found.problems)} problem{'s' * (len(found.problems) != 1)}")
+
+
+def evaluate_command(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories to measure.")],
+    data: Annotated[Path, typer.Option("--data", "-d", metavar="FILE", help="Text: .txt or .jsonl.")],
+    reference: Annotated[str | None, typer.Option("--reference", "-r", metavar="MODEL", help="The float model: KL and top-1 agreement.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="How many windows; all by default.")] = None,
+    length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Measure perplexity, and with a reference mean KL divergence (nats per token) and top-1 agreement."""
+    from quantplan.evaluate.metrics import evaluate
+
+    with show.progress("evaluating", quiet) as advance:
+        found = evaluate(models, data, reference, windows, length, on_step=lambda name, done, total: advance(done, total, name))
+    if as_json:
+        show.document({"evaluations": [e.as_dict() for e in found]})
+        return 0
+    rows = (
+        (e.model, f"{e.perplexity:.3f}", *(("" if v is None else f"{v:.5f}") for v in (e.kl, e.top1)), f"{e.tokens:,}", f"{e.seconds:.0f} s")
+        for e in found
+    )
+    show.table(("model", "perplexity", "KL", "top-1", "tokens", "time"), rows)
+    return 0
