@@ -192,8 +192,7 @@ def _nearest_pattern(override: Override, names: Sequence[str]) -> str:
             if not bare or bare in parts or bare.isdigit():
                 continue
             contained = [p for p in parts if bare in p]
-            near = contained or difflib.get_close_matches(bare, parts, n=3, cutoff=0.6)
-            for candidate in near:
+            for candidate in (*contained, *difflib.get_close_matches(bare, parts, n=3, cutoff=0.4)):
                 mended = ".".join((*pieces[:at], piece.replace(bare, candidate), *pieces[at + 1 :]))
                 if match_names(mended, names):
                     return f"did you mean '{mended}'? mark it optional: true if it is for other models"
