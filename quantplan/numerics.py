@@ -48,7 +48,14 @@ def round_to_integers(x: Tensor, generator: torch.Generator | None = None) -> Te
     """`x` rounded to integers, in place: to nearest, ties to even; or, with a generator, up with probability `x - floor(x)`."""
     if generator is None:
         return x.round_()
-    return x.add_(torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)).floor_()
+    below = x.floor()
+    # compared, not added: a sum would round, and integers must stay
+    return below.add_(chance(x, generator) < x.sub_(below))
+
+
+def chance(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers in [0, 1), one for each element of `x`: the same on every device."""
+    return torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
 
 
 def encode_float(x: Tensor, target: FloatFormat, generator: torch.Generator | None = None) -> Tensor:
@@ -97,9 +104,11 @@ def look_up(table: Tensor, codes: Tensor) -> Tensor:
 
 
 def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Positive `x` rounded to `dtype`, never to zero: what underflows becomes the dtype's smallest normal number."""
+    """Positive `x` rounded to `dtype`, never to zero: what underflows becomes the dtype's smallest number; that is a
+    denormal in float16 only (its normals end at 6e-5, above the scales of many weights)."""
     info = torch.finfo(dtype)
-    return x.clamp(min=info.tiny, max=info.max).to(dtype)
+    smallest = info.tiny * info.eps if dtype is torch.float16 else info.tiny
+    return x.clamp(min=smallest, max=info.max).to(dtype)
 
 
 def packed_bytes(count: int, bits: int) -> int:

@@ -52,7 +52,7 @@ class SchemeConfig(BaseModel, ABC):
     """columns that share one scale"""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """to nearest with ties to even, or up with probability equal to the remainder"""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """seed of stochastic rounding"""
     dtype: DType | None = Field(default=None, exclude=True)
     """dtype of dequantized values when the quantizer is used by hand; the input's by default"""

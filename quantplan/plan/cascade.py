@@ -82,14 +82,19 @@ def origins(state: State) -> Mapping[str, Origin]:
     return {field: origin for field, (_, origin) in state.items()}
 
 
-def live_overrides(state: State) -> set[int]:
-    """Overrides that have the last word on some field that counts: options of a part that is null do not."""
+def live_overrides(state: State, keep: KeepRule | None) -> set[int]:
+    """Overrides that have the last word on some field that counts: options of a part that is null do not, nor does
+    `keep: false` where the built-in rule stands all the same."""
     live = set()
     for field, (_, origin) in state.items():
         part = field.partition(".")[0]
-        counts = field == "keep" or field.endswith(".scheme") or state.get(f"{part}.{_PARTS[part]}", (None,))[0] is not None
-        if part == "algorithm" and state["wq.scheme"][0] is None:
+        counts = (field == "keep" and keep is None) or field.endswith(".scheme") or _head(state, part) is not None
+        if part == "algorithm" and _head(state, "wq") is None:
             counts = False
         if counts and origin.path is not None and origin.path[0] == "overrides":
             live.add(int(origin.path[1]))
     return live
+
+
+def _head(state: State, part: str) -> Any:
+    return state[f"{part}.{_PARTS[part]}"][0] if part in _PARTS else None

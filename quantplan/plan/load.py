@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -53,6 +54,17 @@ class LoadedPlan:
 
 def load_plan(plan: str | os.PathLike[str] | Mapping[str, Any]) -> LoadedPlan:
     """A plan from a file, or from a dict. Raises QuantplanError with every problem that can be seen without a model."""
+    loaded, problems = read_plan(plan)
+    if problems:
+        raise QuantplanError(problems)
+    return loaded
+
+
+def read_plan(plan: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[LoadedPlan, list[Problem]]:
+    """A plan and what is wrong with it. What is wrong is left out of the plan, so that the rest can be checked too.
+
+    Raises QuantplanError when the file is not JSON or YAML at all.
+    """
     if isinstance(plan, Mapping):
         try:
             text = json.dumps(plan, indent=2)
@@ -61,32 +73,60 @@ def load_plan(plan: str | os.PathLike[str] | Mapping[str, Any]) -> LoadedPlan:
         data, source = read_source("plan.json", text.encode())
     else:
         data, source = read_source(plan)
-    loaded, problems = _validate(data, source)
-    if problems:
-        raise QuantplanError(problems)
-    assert loaded is not None
-    return loaded
-
-
-def _validate(data: Any, source: Source) -> tuple[LoadedPlan | None, list[Problem]]:
     if not isinstance(data, dict):
-        return None, [Problem("QP105", "a plan is an object with keys such as 'default'", path=(), place=source.locate(()))]
+        problem = Problem("QP105", "a plan is an object with keys such as 'default'", path=())
+        raise QuantplanError(problem.at(source.locate(())))
+    return _validated(data, source)
+
+
+def _validated(data: dict[str, Any], source: Source) -> tuple[LoadedPlan, list[Problem]]:
     key = "defaults" if "defaults" in data else "default"
+    problems: list[Problem] = []
     if key == "defaults":
         if "default" in data:
             problem = Problem("QP102", "both 'default' and 'defaults'", "they are one key", ("defaults",), True)
-            return None, [problem.at(source.locate(("defaults",), True))]
+            problems.append(problem.at(source.locate(("defaults",), True)))
         data = {("default" if k == "defaults" else k): v for k, v in data.items()}
-    try:
-        loaded = LoadedPlan(Plan.model_validate(data), source, key)
-    except ValidationError as error:
-        unplaced = LoadedPlan(Plan(), source, key)
-        return None, _in_order(unplaced.locate(p) for p in schema_problems(error, Plan, data))
-    return loaded, _in_order(loaded.locate(p) for p in check_plan(loaded.plan))
+    data = copy.deepcopy(data)
+    while True:
+        try:
+            loaded = LoadedPlan(Plan.model_validate(data), source, key)
+        except ValidationError as error:
+            found = list(schema_problems(error, Plan, data))
+            loaded = LoadedPlan(Plan(), source, key)
+        else:
+            found = list(check_plan(loaded.plan))
+            if not found:
+                return loaded, in_order(problems)
+        problems += [loaded.locate(p) for p in found]
+        for problem in found:
+            _leave_out(data, problem)
 
 
-def _in_order(problems: Iterable[Problem]) -> list[Problem]:
-    return sorted(problems, key=lambda p: (p.place.line or 0, p.place.column or 0, p.code))
+def _leave_out(data: dict[str, Any], problem: Problem) -> None:
+    """Removes the field a problem is about. An override whose pattern is bad matches nothing, and may."""
+    path = problem.path or ()
+    if path[:1] != ("overrides",) or len(path) < 2:
+        field = path[:2] if path[:1] in (("default",), ("output",)) else path[:1]
+        holder = data if len(field) < 2 else data.get(field[0])
+        if isinstance(holder, dict) and field:
+            holder.pop(field[-1], None)
+        else:
+            data.pop(str(path[0]) if path else "", None)
+        return
+    override = data["overrides"][path[1]]
+    if not isinstance(override, dict):
+        data["overrides"][path[1]] = {"pattern": "\0", "optional": True}
+    elif len(path) == 2 or path[2] == "pattern":
+        override |= {"pattern": "\0", "optional": True}
+        override.pop("expect", None)
+    else:
+        override.pop(path[2], None)
+
+
+def in_order(problems: Iterable[Problem]) -> list[Problem]:
+    """Problems as one reads the file, notes last."""
+    return sorted(problems, key=lambda p: (p.severity == "note", p.place.line or 0, p.place.column or 0, p.code))
 
 
 def schema_problems(error: ValidationError, model: type[BaseModel], data: Any, prefix: Path = ()) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from quantplan.models.keep import STRUCTURAL, KeepRule
 from quantplan.models.modules import Module, find_modules
 from quantplan.plan.cascade import State, cascade, lifts, live_overrides, options, origins
 from quantplan.plan.lint import lint
-from quantplan.plan.load import LoadedPlan, schema_problems
+from quantplan.plan.load import LoadedPlan, in_order, schema_problems
 from quantplan.plan.pattern import match_names
 from quantplan.plan.schema import Override, Plan
 from quantplan.scheme import SCHEMES, SchemeConfig
@@ -77,13 +77,15 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint) -> Resolution:
     names = list(modules)
     problems: list[Problem] = []
     matched: list[list[int]] = []
+    untried: set[int] = set()  # overrides whose expression took too long: what they match is not known
     for index, override in enumerate(plan.overrides):
         try:
             matched.append(sorted({i for pattern in override.pattern for i in match_names(pattern, names)}))
         except QuantplanError as error:
             matched.append([])
+            untried.add(index)
             problems += [Problem(p.code, p.message, p.help, ("overrides", index, "pattern")) for p in error.problems]
-    problems += _check_matches(plan, matched, names)
+    problems += (p for p in _check_matches(plan, matched, names) if p.path and p.path[1] not in untried)
     masks: dict[int, list[int]] = {}
     for index, found in enumerate(matched):
         for i in found:
@@ -111,14 +113,13 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint) -> Resolution:
 
 
 def _placed(loaded: LoadedPlan, problems: Sequence[Problem]) -> tuple[Problem, ...]:
-    located = dict.fromkeys(loaded.locate(p) for p in problems)
-    return tuple(sorted(located, key=lambda p: (p.severity == "note", p.place.line or 0, p.place.column or 0, p.code)))
+    return tuple(in_order(dict.fromkeys(loaded.locate(p) for p in problems)))
 
 
 def _treat(plan: Plan, mask: tuple[int, ...], keep: KeepRule | None, dtype: str) -> _Treatment:
     rules = [(plan.default, ("default",)), *((plan.overrides[o], ("overrides", o)) for o in mask)]
     state = cascade(rules, keep)
-    live = live_overrides(state)
+    live = live_overrides(state, keep)
     if keep is not None:  # an override that keeps what is kept anyway is right, if redundant
         live |= {o for o in mask if plan.overrides[o].keep or {"wq", "aq"} & plan.overrides[o].model_fields_set and plan.overrides[o].wq is None}
     problems: list[Problem] = []

@@ -55,14 +55,15 @@ class NF4Quantizer(Quantizer):
     def encode(self, x: Tensor, params: Params) -> Tensor:
         import torch
 
+        from quantplan.numerics import chance
+
         levels = torch.tensor(LEVELS, device=x.device)
         y = (x / params["scale"].float()).clamp_(-1, 1)
         if self.generator is None:
             return torch.bucketize(y, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         above = torch.bucketize(y, levels).clamp_(min=1)  # up with probability equal to the distance from the level below
         low, high = levels[above - 1], levels[above]
-        chance = torch.rand(y.shape, generator=self.generator)
-        return (above - (chance >= (y - low) / (high - low)).long()).to(torch.uint8)
+        return (above - (chance(y, self.generator) >= (y - low) / (high - low)).long()).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         import torch
