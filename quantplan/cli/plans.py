@@ -61,7 +61,12 @@ def explain(
     as_json: AsJson = False,
     revision: Revision = None,
 ) -> int:
-    """Show what each module gets, and which line of the plan said so."""
+    """Show each module's treatment and the lines that set it.
+
+    With modules or patterns: every field, its value, and the line of the plan (or the rule) that decided.
+    """
+    import json
+
     from quantplan.errors import did_you_mean, fail
     from quantplan.explain import chosen, explain_module, summary, totals
 
@@ -79,7 +84,7 @@ def explain(
         })  # fmt: skip
     elif modules:
         for a in found:
-            show.table(("field", "value", "set by"), ((f.name, f.value, f.origin) for f in explain_module(resolution, a)), a.name)
+            show.table(("field", "value", "set by"), ((f.name, json.dumps(f.value), f.origin) for f in explain_module(resolution, a)), a.name)
     else:
         show.table(("module", "treatment", "shape"), ((a.name, summary(a), "×".join(map(str, a.module.tensor.shape))) for a in found))
         print()
@@ -94,7 +99,7 @@ def diff(
     as_json: AsJson = False,
     revision: Revision = None,
 ) -> int:
-    """Show which modules two plans treat differently, and the bytes it costs."""
+    """Compare two plans on a model: modules and bytes."""
     from quantplan import explain as explaining
     from quantplan.headers import read_checkpoint
     from quantplan.plan.load import load_plan
@@ -116,7 +121,10 @@ def diff(
 
 
 def estimate(plan: PlanFile, model: Model, as_json: AsJson = False, revision: Revision = None) -> int:
-    """Predict output size (exactly), bits per weight, memory and time."""
+    """Predict size, bits per weight, memory and time.
+
+    The size is exact: what `apply` writes, to the byte.
+    """
     from quantplan import estimate as estimating
     from quantplan.checkpoint.layout import output_layout
 
@@ -153,7 +161,10 @@ def shapes(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; standard output by default.")] = None,
     revision: Revision = None,
 ) -> int:
-    """Write a model's names and shapes as a small file to commit and validate plans against."""
+    """Write a model's names and shapes as a small file.
+
+    Commit it, and CI validates plans against the model without its weights.
+    """
     import json
 
     from quantplan.headers import read_checkpoint, shapes_document

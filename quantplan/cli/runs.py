@@ -32,7 +32,10 @@ def apply(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
-    """Quantize a checkpoint as a plan says. OUT is absent or whole at every moment; an interrupted run goes on."""
+    """Quantize a checkpoint as a plan says.
+
+    OUT is absent or whole at every moment. An interrupted run goes on when the command is repeated.
+    """
     from quantplan.cli.interrupt import stoppable
     from quantplan.engine import apply as engine
 
@@ -97,7 +100,11 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
-    """Check an output: every tensor accounted for, every byte as recorded, every layer's error. Ends with 1 on a finding."""
+    """Check an output: every byte, every tensor, every layer.
+
+    Bytes against the recorded hashes; with --source, every tensor of the source and the error of each layer. Ends with 1 on a
+    finding.
+    """
     from quantplan.engine import verify as engine
 
     with show.progress("verifying", quiet) as advance:
@@ -134,7 +141,10 @@ def evaluate_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
-    """Measure perplexity, and with a reference mean KL divergence (nats per token) and top-1 agreement."""
+    """Measure perplexity, KL divergence and top-1 agreement.
+
+    KL (nats per token) and agreement are against --reference, the float model.
+    """
     from quantplan.evaluate.metrics import evaluate
 
     with show.progress("evaluating", quiet) as advance:
