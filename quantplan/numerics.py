@@ -123,18 +123,18 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     padded with zeros to a 32-bit word. Equals compressed-tensors' `pack_to_int32` (0.18 and later) viewed as bytes.
     """
     rows, count = codes.shape
-    out = codes.new_zeros(rows, packed_bytes(count, bits))
+    width = packed_bytes(count, bits)
     if bits == 8:
-        out[:, :count] = codes
-        return out
-    lanes = torch.nn.functional.pad(codes, (0, -count % 8)).contiguous().view(torch.int64)
+        return torch.nn.functional.pad(codes, (0, width - count)).reshape(-1).view(rows, width)
+    # flat, here and at the end: a single row may have any stride, and then it has no view as words
+    lanes = torch.nn.functional.pad(codes, (0, -count % 8)).reshape(-1).view(torch.int64)
     # eight codes in eight bytes: close the gaps between pairs, then between fours, then between eights
     lanes = (lanes & 0x00FF00FF00FF00FF) | ((lanes >> (8 - bits)) & (0x00FF00FF00FF00FF << bits))
     lanes = (lanes & 0x0000FFFF0000FFFF) | ((lanes >> (16 - 2 * bits)) & (0x0000FFFF0000FFFF << 2 * bits))
     lanes = (lanes & 0xFFFFFFFF) | ((lanes >> 32) << (4 * bits))
-    packed = lanes.view(torch.uint8).view(rows, -1, 8)[:, :, :bits].reshape(rows, -1)[:, : out.shape[1]]
-    out[:, : packed.shape[1]] = packed
-    return out
+    packed = lanes.view(torch.uint8).view(rows, -1, 8)[:, :, :bits].reshape(rows, -1)
+    cut = torch.nn.functional.pad(packed, (0, width - packed.shape[1]))  # negative: cuts what the last eight add
+    return cut.reshape(-1).view(rows, width)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from quantplan.errors import QuantplanError, render
 
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs a command and returns its exit status. Standard output has the result, standard error everything else."""
-    import click
+    import typer
 
     from quantplan.cli.app import app
     from quantplan.cli.interrupt import Interrupted
@@ -36,13 +37,13 @@ def run(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except click.ClickException as error:
+    except typer.Abort:
+        return 130
+    except _usage_error() as error:
         error.show()
         return error.exit_code
-    except click.exceptions.Abort:
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader is gone: nothing more to say, and no noise at exit
         return 0
@@ -55,6 +56,13 @@ def run(arguments: list[str]) -> int:
         traceback.print_exc()
         print("quantplan: this is a bug in quantplan; please report it with the lines above", file=sys.stderr)
         return BUG
+
+
+def _usage_error() -> Any:
+    """The base of click's errors: click's own, or that of the copy that recent typers carry."""
+    import typer
+
+    return typer.BadParameter.__mro__[2]
 
 
 def _report(error: QuantplanError, as_json: bool) -> int:
