@@ -27,7 +27,8 @@ def _integer_asymmetric(a: Assignment) -> bool:
 
 def _transformers(a: Assignment, dtype: str) -> Refusal:
     if a.wq is None:
-        return None
+        split = a.module.kind == "experts" and a.module.matrices[0].transposed
+        return "beside quantized layers these experts are read one by one, not fused: quantize them too" if split else None
     if a.wq.name in ("nvfp4", "mxfp4", "mxfp8") and dtype != "bfloat16":
         return f"{a.wq.name} decompresses to bfloat16, and the model is {dtype or 'not'}"
     if a.module.kind == "experts" and (_integer_asymmetric(a) or not a.wq.name.startswith(("int", "fp8"))):

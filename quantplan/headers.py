@@ -25,8 +25,10 @@ DTYPE_BITS = {
 FLOAT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 HEADER_LIMIT, INDEX_LIMIT, CONFIG_LIMIT = 100_000_000, 256_000_000, 16_000_000
 NAME_LIMIT, RANK_LIMIT, TENSOR_LIMIT = 1024, 8, 5_000_000
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".keras", ".msgpack", ".npy", ".npz")
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch's zip, and bare ones
+CONVERT = "convert it to safetensors first: load it where you trust it and save with safe_serialization=True"
 SHAPES_FORMAT = "quantplan-shapes"
 
 
@@ -80,16 +82,18 @@ def read_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
 
     Raises QuantplanError QP2xx (structure), QP3xx (refused for safety), QP4xx (unreachable).
     """
-    path = Path(model)
-    if path.is_dir():
-        return _read_directory(path)
-    if path.is_file():
-        if path.name == "config.json":
-            return _read_directory(path.parent)
-        if path.suffix == ".safetensors":
-            return _read_directory(path.parent, only=path.name)
-        return read_shapes(path)
-    name = str(model)
+    name, path = str(model), Path(model)
+    try:
+        if path.is_dir():
+            return _read_directory(path)
+        if path.is_file():
+            if path.name == "config.json":
+                return _read_directory(path.parent)
+            if path.suffix == ".safetensors":
+                return _read_directory(path.parent, only=path.name)
+            return read_shapes(path)
+    except OSError as error:
+        raise fail("QP202", f"cannot be read: {error.strerror}", file=str(error.filename or name)) from None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith((".json", ".safetensors")):
         from quantplan.hub import read_hub_headers
 
@@ -98,17 +102,19 @@ def read_checkpoint(model: str | os.PathLike[str], revision: str | None = None) 
 
 
 def _read_directory(path: Path, only: str | None = None) -> Checkpoint:
-    config = read_config(path / "config.json")
+    config = read_config(path)
     present = sorted(p.name for p in path.iterdir() if p.suffix == ".safetensors")
     if only:
         names, listed = [only], None
-    elif (path / INDEX).exists():
-        listed = _read_index(path / INDEX)
+    elif os.path.lexists(path / INDEX):
+        listed = _read_index(checked_file(path, INDEX))
         names = sorted(set(listed.values()))
-    elif len(present) == 1:
-        names, listed = present, None
+        if SINGLE in present and SINGLE not in names:
+            raise fail("QP206", f"both {SINGLE} and an index; readers differ in which they take", "remove one", file=str(path / INDEX))
+    elif SINGLE in present or len(present) == 1:  # as transformers: files beside it are something else
+        names, listed = [SINGLE] if SINGLE in present else present, None
     elif present:
-        raise fail("QP206", f"{len(present)} safetensors files and no index", f"add {INDEX}", file=str(path))
+        raise fail("QP206", f"{len(present)} safetensors files and no index", f"add {INDEX}, or name one file", file=str(path))
     else:
         raise _no_safetensors(path)
     tensors: dict[str, TensorInfo] = {}
@@ -127,8 +133,7 @@ def _read_directory(path: Path, only: str | None = None) -> Checkpoint:
 def _no_safetensors(path: Path) -> QuantplanError:
     pickles = sorted(p.name for p in path.iterdir() if p.suffix in PICKLES)
     if pickles:
-        advice = "convert it to safetensors first: load it where you trust it and save with safe_serialization=True"
-        return fail("QP301", "only pickled weights, which can run code when opened", advice, file=str(path / pickles[0]))
+        return fail("QP301", "only pickled weights, which can run code when opened", CONVERT, file=str(path / pickles[0]))
     return fail("QP202", "no safetensors file in the model directory", "is the download complete?", file=str(path))
 
 
@@ -146,7 +151,7 @@ def _compare_with_index(listed: Mapping[str, str], tensors: Mapping[str, TensorI
 def checked_file(folder: Path, name: str) -> Path:
     """`folder/name` when `name` is a plain file name and the file is a regular one inside `folder` or, through a link, in
     the Hub cache's blobs beside it. Raises QP303 otherwise, QP202 when there is none."""
-    if not name or name != os.path.basename(name) or name.startswith(".") or "\\" in name or "\0" in name:
+    if not name or name != os.path.basename(name) or name.startswith(".") or "\\" in name or not name.isprintable():
         raise fail("QP303", f"'{printable(name)}' is not a plain file name", "shards lie beside the index", file=str(folder))
     path = folder / name
     try:
@@ -198,10 +203,12 @@ def _read_limited(path: Path, limit: int, kind: str, code: str) -> bytes:
     return data
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as a dict. Raises QP211 when it is missing or not a JSON object."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """`folder/config.json` as a dict. Raises QP211 when it is missing or not a JSON object, QP303 as `checked_file` does."""
+    path = folder / "config.json"
     if not path.exists():
         raise fail("QP211", "config.json is missing", "give the directory of a Hugging Face checkpoint", file=str(path))
+    checked_file(folder, path.name)
     config = _parse_json(_read_limited(path, CONFIG_LIMIT, "config.json", "QP211"), "config.json", str(path), "QP211")
     if not isinstance(config, dict):
         raise fail("QP211", "config.json is not a JSON object", file=str(path))
@@ -234,6 +241,8 @@ def read_header(path: Path) -> tuple[list[TensorInfo], str]:
                 raise fail("QP201", f"has {size} bytes, less than a header length", "re-download it", file=str(path))
             length = int.from_bytes(prefix, "little")
             if length > HEADER_LIMIT or length > size - 8:
+                if prefix.startswith(PICKLE_STARTS):
+                    raise fail("QP301", "is a pickle, which can run code when opened", CONVERT, file=str(path))
                 raise fail("QP201", f"says its header has {length:,} bytes, the file has {size:,}", "re-download it", file=str(path))
             raw = file.read(length)
     except OSError as error:
@@ -253,9 +262,7 @@ def read_header(path: Path) -> tuple[list[TensorInfo], str]:
 
 def _tensors(header: Mapping[str, Any], file: str, base: int, path: str) -> Iterable[TensorInfo]:
     for name, entry in header.items():
-        if not name or len(name) > NAME_LIMIT or not name.isprintable():
-            raise fail("QP204", "tensor name is empty, too long or not printable", file=path, tensor=name)
-        info = _tensor(name, entry, path)
+        info = tensor_entry(name, entry, path)
         begin, end = entry["data_offsets"]
         if end - begin != info.size or math.prod(info.shape) * DTYPE_BITS[info.dtype] % 8:
             shown = f"{info.dtype} {list(info.shape)} takes {info.size:,} bytes, its offsets span {end - begin:,}"
@@ -263,8 +270,10 @@ def _tensors(header: Mapping[str, Any], file: str, base: int, path: str) -> Iter
         yield TensorInfo(name, info.dtype, info.shape, file, base + begin, base + end)
 
 
-def _tensor(name: str, entry: Any, path: str) -> TensorInfo:
-    """Dtype and shape of a header's or a shapes file's entry, checked."""
+def tensor_entry(name: str, entry: Any, path: str) -> TensorInfo:
+    """Name, dtype and shape of a header's or a shapes file's entry, checked. Raises QP204."""
+    if not name or len(name) > NAME_LIMIT or not name.isprintable():
+        raise fail("QP204", "tensor name is empty, too long or not printable", file=path, tensor=name)
     well_formed = (
         isinstance(entry, dict)
         and isinstance(entry.get("shape"), list)
@@ -318,5 +327,5 @@ def read_shapes(path: Path) -> Checkpoint:
     for name, entry in listed.items():
         if not isinstance(entry, list) or not entry:
             raise fail("QP209", "entry is not [dtype, dimensions...]", advice, file=str(path), tensor=name)
-        tensors[name] = _tensor(name, {"dtype": entry[0], "shape": entry[1:], "data_offsets": [0, 0]}, str(path))
+        tensors[name] = tensor_entry(name, {"dtype": entry[0], "shape": entry[1:], "data_offsets": [0, 0]}, str(path))
     return Checkpoint(str(path), None, config, tensors)

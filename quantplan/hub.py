@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantplan.errors import QuantplanError, fail
-from quantplan.headers import Checkpoint, TensorInfo, read_config
+from quantplan.errors import QuantplanError, fail, printable
+from quantplan.headers import Checkpoint, TensorInfo, read_config, tensor_entry
 
 
 def read_hub_headers(repo: str, revision: str | None = None) -> Checkpoint:
     """Config, names and shapes of a Hub repository, fetched by range requests; no weights are downloaded.
 
-    Raises QP406 when the Hub cannot be reached (or is switched off), QP202 when the repository has no safetensors.
+    Raises QP406 when the Hub cannot be reached (or is switched off), QP202 when the repository has no safetensors, QP201 to
+    QP207 for malformed ones.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
         commit = HfApi().model_info(repo, revision=revision).sha or ""
         metadata = HfApi().get_safetensors_metadata(repo, revision=commit)
-        config = read_config(Path(hf_hub_download(repo, "config.json", revision=commit)))
+        config = read_config(Path(hf_hub_download(repo, "config.json", revision=commit)).parent)
     except NotASafetensorsRepoError:
         raise fail("QP202", "the repository has no safetensors weights", "quantplan reads nothing else", file=repo) from None
+    except SafetensorsParsingError as error:
+        raise fail("QP201", _first_line(error), file=repo) from None
     except QuantplanError:
         raise
     except Exception as error:  # noqa: BLE001 - httpx, huggingface_hub and OS errors share no base class
         raise _unreachable(repo, error) from error
-    tensors = {
-        name: TensorInfo(name, str(getattr(info.dtype, "value", info.dtype)), tuple(info.shape), file, *info.data_offsets)
-        for file, header in metadata.files_metadata.items()
-        for name, info in header.tensors.items()
-    }
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in sorted(metadata.files_metadata.items()):
+        for name, info in header.tensors.items():
+            if name in tensors:
+                raise fail("QP207", f"tensor also stored in {printable(tensors[name].file)}", file=file, tensor=name)
+            entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
+            start, end = info.data_offsets
+            tensors[name] = replace(tensor_entry(name, entry, f"{repo}/{file}"), file=file, start=start, end=end)
     return Checkpoint(repo, None, config, tensors, revision=commit)
 
 
@@ -52,5 +59,9 @@ def _unreachable(repo: str, error: Any) -> QuantplanError:
 
     if constants.HF_HUB_OFFLINE:
         return fail("QP406", "the Hub is switched off (HF_HUB_OFFLINE)", "give a local directory, or unset HF_HUB_OFFLINE", file=repo)
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return fail("QP406", f"cannot be fetched from the Hub: {reason}", "is the name right, the token set, the network up?", file=repo)
+    advice = "is the name right, the token set, the network up?"
+    return fail("QP406", f"cannot be fetched from the Hub: {_first_line(error)}", advice, file=repo)
+
+
+def _first_line(error: Any) -> str:
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from quantplan.assignment import Assignment
+from quantplan.errors import fail, printable
 from quantplan.format import FORMATS, Format
 from quantplan.headers import DTYPE_BITS, FLOAT_DTYPES, INDEX, TensorInfo
 from quantplan.models.modules import Matrix
@@ -89,13 +90,17 @@ class OutputLayout:
 
 def json_bytes(document: object) -> bytes:
     """JSON as it is written everywhere: indented, in the given order, with a newline at the end."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair, in a config or a file's name: only as an escape
+        return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def output_layout(resolution: Resolution) -> OutputLayout:
     """The layout of everything `resolution` writes. Units keep the order of the source files, so reading is sequential."""
     output = FORMATS.get(resolution.plan.output.format)()
     units = list(_units(resolution, output))
+    _refuse_twice(units)
     shards: list[list[Unit]] = [[]]
     filled = 0
     for unit in units:
@@ -124,6 +129,18 @@ def _units(resolution: Resolution, output: Format) -> Iterator[Unit]:
             layout = output.layout(matrix, assignment.wq, assignment.aq)
             outputs = tuple(TensorInfo(name, dtype, shape) for name, (dtype, shape) in layout.items())
             yield Unit("quantize", tensor, outputs, matrix, assignment)
+
+
+def _refuse_twice(units: Sequence[Unit]) -> None:
+    """Raises QP207 when two units write a tensor of the same name: the source has one that quantizing would make."""
+    makers: dict[str, Unit] = {}
+    for unit in units:
+        for tensor in unit.outputs:
+            other = makers.setdefault(tensor.name, unit)
+            if other is not unit:
+                copied, made = sorted((other, unit), key=lambda u: u.kind == "quantize")
+                text = f"the source holds it, and quantizing {printable(made.name)} makes it too"
+                raise fail("QP207", text, "keep that module, or remove the tensor", file=copied.source.file, tensor=tensor.name)
 
 
 def _file(name: str, units: Sequence[Unit]) -> OutputFile:

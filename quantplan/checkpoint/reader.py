@@ -52,13 +52,16 @@ class TensorReader:
 
     def read_bytes(self, info: TensorInfo, start: int = 0, size: int | None = None) -> bytearray:
         """`size` bytes of a tensor's data from `start` (all of it by default). Raises QP210 when the file has become
-        shorter than its header said."""
+        shorter than its header said, QP202 when it cannot be read."""
         size = info.size - start if size is None else size
         buffer = bytearray(size)
         view, at = memoryview(buffer), 0
         descriptor = self._descriptor(info.file)
         while at < size:
-            got = os.preadv(descriptor, [view[at:]], info.start + start + at)
+            try:
+                got = os.preadv(descriptor, [view[at:]], info.start + start + at)
+            except OSError as error:
+                raise fail("QP202", f"cannot be read: {error.strerror}", file=info.file, tensor=info.name) from None
             if got == 0:
                 raise fail("QP210", "the file became shorter while it was read", "is something writing it?", file=info.file, tensor=info.name)
             at += got
@@ -74,10 +77,13 @@ class TensorReader:
     def read_rows(self, matrix: Matrix, start: int, stop: int) -> Tensor:
         """Rows `[start, stop)` of a matrix, in the dtype they are stored in."""
         info = self.tensors[matrix.tensor]
-        width = matrix.columns * info.size // max(1, math.prod(info.shape))
-        rows_of_slab = info.shape[-2]
-        first = (matrix.index or 0) * rows_of_slab + matrix.first + start
-        data = self.read_bytes(info, first * width, (stop - start) * width)
+        slab_rows, slab_columns = info.shape[-2:]
+        width = slab_columns * info.size // max(1, math.prod(info.shape))
+        slab = (matrix.index or 0) * slab_rows
+        if matrix.transposed:
+            whole = self._tensor(self.read_bytes(info, slab * width, slab_rows * width), info.dtype)
+            return whole.view(slab_rows, slab_columns).t()[matrix.first + start : matrix.first + stop].contiguous()
+        data = self.read_bytes(info, (slab + matrix.first + start) * width, (stop - start) * width)
         return self._tensor(data, info.dtype).view(stop - start, matrix.columns)
 
     @staticmethod

@@ -12,7 +12,7 @@ from quantplan.format import FORMATS
 from quantplan.headers import INDEX, PICKLES, Checkpoint
 from quantplan.plan.resolve import Resolution
 
-NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".lock")
+NOT_COPIED = (*PICKLES, ".safetensors", ".gguf", ".onnx", ".lock", ".index.json")  # indexes are of weights left behind
 NOT_ENTERED = {"original", "onnx", "openvino", "metal"}
 WRITTEN = {"config.json", "quantplan.json", INDEX}
 PRIVATE_KEYS = ("_attn_implementation_internal", "trust_remote_code")  # would run code when loaded
@@ -20,7 +20,8 @@ PRIVATE_KEYS = ("_attn_implementation_internal", "trust_remote_code")  # would r
 
 def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """Relative name -> file, for everything that belongs to the model and is not a weight: tokenizer, templates, generation
-    config, licences, code. Hidden files, other weights and pickles stay behind. Raises QP303 for a link that leads out."""
+    config, licences, code. Hidden files, other weights, their indexes and pickles stay behind. Raises QP303 for links to
+    directories and links that lead out."""
     root = checkpoint.require_path()
     found: dict[str, Path] = {}
     folders = [root]
@@ -31,8 +32,8 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
             if path.name.startswith(".") or relative in WRITTEN or path.name.lower().endswith(NOT_COPIED):
                 continue
             if path.is_dir():
-                if path.is_symlink() and root.resolve() not in path.resolve().parents:
-                    raise fail("QP303", "is a link to a directory outside the model", file=str(path))
+                if path.is_symlink():  # leads out, or in circles
+                    raise fail("QP303", "is a link to a directory", "remove it, or copy its content", file=str(path))
                 if relative not in NOT_ENTERED:
                     folders.append(path)
                 continue
@@ -42,7 +43,10 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 def checked_side_file(root: Path, path: Path) -> Path:
     """A side file that is regular and, if a link, stays in the model directory or the Hub cache's blobs. Raises QP303."""
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise fail("QP303", f"cannot be resolved ({error})", file=str(path)) from None
     home = root.resolve()
     blobs = home.parent.parent / "blobs"
     inside = home in real.parents or (home.parent.name == "snapshots" and blobs in real.parents)

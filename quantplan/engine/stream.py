@@ -71,7 +71,9 @@ def _quantize(unit: Unit, reader: TensorReader, magnitudes: _Magnitudes) -> Quan
 
 
 def _rows_at_once(matrix: Matrix) -> int:
-    """Rows of one piece: a multiple of a block's side."""
+    """Rows of one piece: a multiple of a block's side. A transposed matrix is read whole, so it is worked on whole."""
+    if matrix.transposed:
+        return matrix.rows
     return max(1, PIECE // matrix.columns // BLOCK) * BLOCK
 
 

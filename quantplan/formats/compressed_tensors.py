@@ -7,6 +7,8 @@ readers can disagree on which group a module is in.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from quantplan.tensor import QuantizedTensor
 
+_EXPERT_NAME = re.compile(r"\.experts\.\d+\.[^.]+$")
 ACTIVATIONS = ("int4", "int8", "fp8")
 
 
@@ -131,7 +134,7 @@ class CompressedTensors(Format):
 
     def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
         groups: dict[tuple[Any, ...], list[str]] = {}
-        ignored = []
+        ignored: list[str] = []
         for a in assignments:
             if a.wq is not None:
                 key = (a.wq.model_copy(update={"seed": 0, "rounding": "nearest"}), a.aq)
@@ -141,16 +144,17 @@ class CompressedTensors(Format):
         if "lm_head" not in ignored and not any("lm_head" in names for names in groups.values()):
             ignored.append("lm_head")  # tied: not stored, but a Linear when loaded
         kinds = {_storage(wq, aq) for wq, aq in groups}
+        everything = [name for names in groups.values() for name in names] + ignored
         return {
             "quant_method": "compressed-tensors",
             "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
-            "ignore": ignored,
+            "ignore": _targets(ignored, everything),
             "config_groups": {
                 f"group_{i}": {
-                    "targets": names,
+                    "targets": _targets(names, everything),
                     "format": _storage(wq, aq),
                     "weights": _arguments(wq),
                     "input_activations": None if aq is None else _activation_arguments(aq),
@@ -159,6 +163,33 @@ class CompressedTensors(Format):
                 for i, ((wq, aq), names) in enumerate(groups.items())
             },
         }
+
+
+def _targets(names: Sequence[str], everything: Sequence[str]) -> list[str]:
+    """Names as they are, except experts, which come in thousands: one expression a projection, `.layers.\\d+.….experts.\\d+.up_proj`,
+    where it matches these names and no others."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(_expert_kind(name) or name, []).append(name)
+    if all(kind == name for kind, (name, *_) in kinds.items()):
+        return list(names)
+    totals = Counter(kind for name in everything if (kind := _expert_kind(name)))
+    targets = []
+    for kind, members in kinds.items():
+        whole = kind != members[0] and totals[kind] == len(members)
+        targets += [f"re:{kind}"] if whole else members
+    return targets
+
+
+def _expert_kind(name: str) -> str:
+    """The expression for all experts' matrices of one kind, anchored at its end; empty for other modules. It begins loosely, for
+    engines load some models under another prefix."""
+    if not _EXPERT_NAME.search(name):
+        return ""
+    parts = name.split(".")
+    first = next(i for i, part in enumerate(parts) if part.isdigit())
+    tail = (r"\d+" if part.isdigit() else re.escape(part) for part in parts[max(0, first - 1) :])
+    return r".*\." + r"\.".join(tail) + "$"
 
 
 def _words(count: int, bits: int) -> int:

@@ -26,6 +26,9 @@ EXPERT_PARTS = {
     "w2": ("w2",),
     "w3": ("w3",),
 }
+# models whose fused experts are stored [experts, in, out], the halves of gate_up one after the other
+TRANSPOSED_EXPERTS = {"llama4", "llama4_text"}
+INTERLEAVED = KeepRule("interleaved experts", (), "experts stored as [expert, in, out] with gate and up interleaved, as gpt-oss does")
 READS_INTERMEDIATE = {"down_proj", "w2"}
 # layers an engine computes as one: vLLM's packed_modules_mapping and its fused experts
 SIBLINGS: tuple[tuple[str, ...], ...] = (
@@ -41,7 +44,8 @@ _EXPERT = re.compile(r"^(.*\.experts)(?:\.\d+)?\.[^.]+$")
 
 @dataclass(frozen=True)
 class Matrix:
-    """One `[rows, columns]` matrix of a module: rows `first` to `first + rows` of slab `index` of `tensor` (None: 2-D)."""
+    """One `[rows, columns]` matrix of a module: rows `first` to `first + rows` of slab `index` of `tensor` (None: 2-D).
+    `transposed`: the slab is stored `[in, out]`, so that rows are its columns."""
 
     name: str
     tensor: str
@@ -49,6 +53,7 @@ class Matrix:
     columns: int
     index: int | None = None
     first: int = 0
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,17 +114,20 @@ def module_of(tensor: TensorInfo, config: Mapping[str, Any], tied: bool = False)
 
 
 def _experts(name: str, part: str, tensor: TensorInfo, config: Mapping[str, Any]) -> Module:
-    hidden = text_config(config).get("hidden_size")
+    text = text_config(config)
+    hidden, model_type = text.get("hidden_size"), str(text.get("model_type", config.get("model_type")))
     experts, second, third = tensor.shape
-    stored = second if part in READS_INTERMEDIATE else third  # where [experts, out, in] has the hidden size
-    if hidden is not None and stored != hidden:
-        return Module(name, tensor, "other", keep=KeepRule("transposed experts", (), "experts stored as [expert, in, out]"))
+    # [experts, out, in] has the hidden size in one place, [experts, in, out] in the other
+    transposed = hidden is not None and (second if part in READS_INTERMEDIATE else third) != hidden
+    if transposed and model_type not in TRANSPOSED_EXPERTS:
+        return Module(name, tensor, "other", keep=INTERLEAVED)
     keep = structural_keep(tensor, config) or keep_rule(name, config)
+    out, columns = (third, second) if transposed else (second, third)
     parts = EXPERT_PARTS[part]
-    rows = second // len(parts)
+    rows = out // len(parts)
     parent = name.rpartition(".")[0]
     matrices = tuple(
-        Matrix(f"{parent}.{index}.{sub}", tensor.name, rows, third, index, place * rows)
+        Matrix(f"{parent}.{index}.{sub}", tensor.name, rows, columns, index, place * rows, transposed)
         for index in range(experts)
         for place, sub in enumerate(parts)
     )

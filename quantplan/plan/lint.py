@@ -26,7 +26,7 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
     yield from _tied(treated)
     yield from _divisible(treated)
     yield from _held(plan, treated)
-    yield from _engines(plan, checkpoint, treated)
+    yield from _engines(plan, [a for a in assignments.values() if a.wq is not None or a.module.kind == "experts"])
     yield from _siblings(plan, assignments)
 
 
@@ -104,7 +104,7 @@ def engines_of(plan: Plan) -> list[Engine]:
     return [ENGINES[e] for e in (plan.engines if plan.engines is not None else FORMATS.get(plan.output.format).engines)]
 
 
-def _engines(plan: Plan, checkpoint: Checkpoint, treated: list[Assignment]) -> Iterator[Problem]:
+def _engines(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
     findings, answers = _Findings(), {}
     # engines the plan does not name are the reader's guess: said, but not an obstacle
     severity = "note" if plan.engines is None else "error"

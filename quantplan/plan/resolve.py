@@ -14,7 +14,7 @@ from quantplan.assignment import Assignment, Origin
 from quantplan.errors import Path, Problem, QuantplanError, did_you_mean, errors_in, listing, printable
 from quantplan.headers import Checkpoint
 from quantplan.models.keep import STRUCTURAL, KeepRule
-from quantplan.models.modules import Module, find_modules
+from quantplan.models.modules import INTERLEAVED, Module, find_modules
 from quantplan.plan.cascade import State, cascade, lifts, live_overrides, options, origins
 from quantplan.plan.lint import lint
 from quantplan.plan.load import LoadedPlan, in_order, schema_problems
@@ -23,7 +23,7 @@ from quantplan.plan.schema import Override, Plan
 from quantplan.scheme import SCHEMES, SchemeConfig
 
 SOURCE_DTYPE = Origin(label="dtype of the source")
-UNTREATABLE = {rule.name for rule in STRUCTURAL} | {"transposed experts"}
+UNTREATABLE = {rule.name for rule in (*STRUCTURAL, INTERLEAVED)}
 
 
 @dataclass(frozen=True)
