@@ -63,7 +63,9 @@ def estimate(resolution: Resolution, layout: OutputLayout, workers: int | None =
 def _peak(units: list[Unit], workers: int) -> int:
     """Codes of the largest matrices in flight and their encoded form, the pieces being worked on, and the interpreter.
     A matrix whose one scale needs the whole of it is held in float32, several times."""
-    held = [u.elements * (24 if u.assignment and u.assignment.wq and not u.assignment.wq.splittable else 3) for u in units if u.matrix]
+    held = [
+        u.elements * (24 if u.assignment and u.assignment.wq and not u.assignment.wq.splittable else 3) for u in units if u.matrix
+    ]
     casts = [2 * u.source.size for u in units if u.kind == "cast"]
     in_flight = sum(sorted(held, reverse=True)[: workers + 3])
     return INTERPRETER + workers * PIECES + in_flight + max(casts, default=0)

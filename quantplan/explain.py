@@ -1,4 +1,4 @@
-"""`explain`: per module and field, the value and the line that set it. `diff`: what two plans treat differently, and the bytes."""
+"""`explain`: each field's value and the line that set it. `diff`: what two plans treat differently, and the bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def describe_origin(resolution: Resolution, origin: Origin | None) -> str:
 def explain_module(resolution: Resolution, assignment: Assignment) -> list[Field]:
     """Every field of one module's treatment: both schemes with all their options, then the algorithm."""
     fields = []
-    for part, head, config in (("wq", "scheme", assignment.wq), ("aq", "scheme", assignment.aq), ("algorithm", "name", assignment.algorithm)):
+    for part, head, config in (
+        ("wq", "scheme", assignment.wq),
+        ("aq", "scheme", assignment.aq),
+        ("algorithm", "name", assignment.algorithm),
+    ):
         if part == "algorithm" and assignment.wq is None:
             continue
         name = config.name if config is not None else None
@@ -121,7 +125,11 @@ def _changed_options(before: Assignment, after: Assignment) -> str:
     for part in ("wq", "aq", "algorithm"):
         old, new = getattr(before, part), getattr(after, part)
         if old is not None and new is not None and old.name == new.name:
-            changed += [f"{part}.{o}: {getattr(old, o)} → {getattr(new, o)}" for o in old.plan_options() if getattr(old, o) != getattr(new, o)]
+            changed += [
+                f"{part}.{o}: {getattr(old, o)} → {getattr(new, o)}"
+                for o in old.plan_options()
+                if getattr(old, o) != getattr(new, o)
+            ]
     return ", ".join(changed)
 
 

@@ -38,9 +38,7 @@ class Format(ABC):
         """The tensors `layout` promised."""
 
     @abstractmethod
-    def decode(
-        self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None, read: Callable[[str], Tensor]
-    ) -> QuantizedTensor:
+    def decode(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None, read: Callable[[str], Tensor]) -> QuantizedTensor:
         """The quantized matrix, from tensors read by full name: the inverse of `encode`."""
 
     @abstractmethod

@@ -110,7 +110,12 @@ def _read_directory(path: Path, only: str | None = None) -> Checkpoint:
         listed = _read_index(checked_file(path, INDEX))
         names = sorted(set(listed.values()))
         if SINGLE in present and SINGLE not in names:
-            raise fail("QP206", f"both {SINGLE} and an index; readers differ in which they take", "remove one", file=str(path / INDEX))
+            raise fail(
+                "QP206",
+                f"both {SINGLE} and an index; readers differ in which they take",
+                "remove one",
+                file=str(path / INDEX),
+            )
     elif SINGLE in present or len(present) == 1:  # as transformers: files beside it are something else
         names, listed = [SINGLE] if SINGLE in present else present, None
     elif present:
@@ -243,7 +248,12 @@ def read_header(path: Path) -> tuple[list[TensorInfo], str]:
             if length > HEADER_LIMIT or length > size - 8:
                 if prefix.startswith(PICKLE_STARTS):
                     raise fail("QP301", "is a pickle, which can run code when opened", CONVERT, file=str(path))
-                raise fail("QP201", f"says its header has {length:,} bytes, the file has {size:,}", "re-download it", file=str(path))
+                raise fail(
+                    "QP201",
+                    f"says its header has {length:,} bytes, the file has {size:,}",
+                    "re-download it",
+                    file=str(path),
+                )
             raw = file.read(length)
     except OSError as error:
         raise fail("QP202", f"cannot be read: {error.strerror}", file=str(path)) from None
@@ -299,9 +309,7 @@ def _check_contiguous(infos: list[TensorInfo], base: int, size: int, path: str) 
             raise fail("QP203", kind, "re-download the file", file=path, tensor=info.name, byte=info.start)
         at = info.end
         if at > size:
-            raise fail(
-                "QP203", f"ends at byte {at:,} but the file has {size:,}", "re-download it", file=path, tensor=info.name
-            )
+            raise fail("QP203", f"ends at byte {at:,} but the file has {size:,}", "re-download it", file=path, tensor=info.name)
     if at != size:
         raise fail("QP203", f"{size - at:,} bytes follow the last tensor", "re-download the file", file=path, byte=at)
 
@@ -319,7 +327,12 @@ def read_shapes(path: Path) -> Checkpoint:
     if not isinstance(document, dict) or document.get("format") != SHAPES_FORMAT:
         raise fail("QP209", "not a shapes file", advice, file=str(path))
     if document.get("version") != 1:
-        raise fail("QP209", f"shapes file of version {document.get('version')!r}, this quantplan reads 1", advice, file=str(path))
+        raise fail(
+            "QP209",
+            f"shapes file of version {document.get('version')!r}, this quantplan reads 1",
+            advice,
+            file=str(path),
+        )
     config, listed = document.get("config"), document.get("tensors")
     if not isinstance(config, dict) or not isinstance(listed, dict):
         raise fail("QP209", "config or tensors is missing", advice, file=str(path))

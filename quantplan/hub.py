@@ -29,7 +29,7 @@ def read_hub_headers(repo: str, revision: str | None = None) -> Checkpoint:
         raise fail("QP201", _first_line(error), file=repo) from None
     except QuantplanError:
         raise
-    except Exception as error:  # noqa: BLE001 - httpx, huggingface_hub and OS errors share no base class
+    except Exception as error:  # httpx, huggingface_hub and OS errors share no base class
         raise _unreachable(repo, error) from error
     tensors: dict[str, TensorInfo] = {}
     for file, header in sorted(metadata.files_metadata.items()):
@@ -49,7 +49,7 @@ def fetch(repo: str, revision: str | None = None) -> tuple[Path, str]:
     try:
         ignored = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*"]
         path = Path(snapshot_download(repo, revision=revision, ignore_patterns=ignored))
-    except Exception as error:  # noqa: BLE001 - as above
+    except Exception as error:  # as above
         raise _unreachable(repo, error) from error
     return path, path.name
 
@@ -58,7 +58,12 @@ def _unreachable(repo: str, error: Any) -> QuantplanError:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return fail("QP406", "the Hub is switched off (HF_HUB_OFFLINE)", "give a local directory, or unset HF_HUB_OFFLINE", file=repo)
+        return fail(
+            "QP406",
+            "the Hub is switched off (HF_HUB_OFFLINE)",
+            "give a local directory, or unset HF_HUB_OFFLINE",
+            file=repo,
+        )
     advice = "is the name right, the token set, the network up?"
     return fail("QP406", f"cannot be fetched from the Hub: {_first_line(error)}", advice, file=repo)
 

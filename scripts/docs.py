@@ -12,11 +12,9 @@ NOTE = "<!-- made by scripts/docs.py; do not edit -->\n\n"
 
 def commands() -> str:
     """The help of every command, as the terminal shows it."""
-    import typer.main
+    from quantplan.cli.app import COMMANDS
 
-    from quantplan.cli.app import app
-
-    names = list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    names = list(COMMANDS)
     parts = [NOTE + "# Commands\n"]
     for name in ["", *names]:
         arguments = [name] if name else []

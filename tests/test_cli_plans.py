@@ -20,7 +20,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("llama", "moe"):
         models.write(name, tmp_path)
     (tmp_path / "good.yaml").write_text("default: {wq: int4, group_size: 64}\n")
-    (tmp_path / "other.yaml").write_text("default: {wq: int4, group_size: 64}\noverrides:\n- {pattern: '*.down_proj', wq: int8}\n")
+    (tmp_path / "other.yaml").write_text(
+        "default: {wq: int4, group_size: 64}\noverrides:\n- {pattern: '*.down_proj', wq: int8}\n"
+    )
     (tmp_path / "bad.yaml").write_text("default: {wq: itn4}\n")
     (tmp_path / "wrong.yaml").write_text("default: {wq: int4, group_size: 128}\n")
     return tmp_path
@@ -73,7 +75,19 @@ def test_validate_speaks_to_ci(here: Path, capsys: Capture, name: str) -> None:
 
 
 def test_explain_names_the_line_of_each_field(here: Path, capsys: Capture) -> None:
-    assert run(["explain", "other.yaml", "--model", "llama.shapes.json", "model.layers.0.mlp.down_proj", "model.embed_tokens"]) == 0
+    assert (
+        run(
+            [
+                "explain",
+                "other.yaml",
+                "--model",
+                "llama.shapes.json",
+                "model.layers.0.mlp.down_proj",
+                "model.embed_tokens",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "other.yaml:3:32" in out and '"int8"' in out
     assert "built-in rule: embeddings" in out
@@ -83,7 +97,12 @@ def test_explain_totals_add_up(here: Path, capsys: Capture) -> None:
     assert run(["explain", "other.yaml", "--model", "llama.shapes.json", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert sum(t["modules"] for t in document["totals"]) == len(document["modules"])
-    assert {t["treatment"] for t in document["totals"]} == {"int4 group 64", "int8 channel", "kept (embeddings)", "kept (not a matrix)"}
+    assert {t["treatment"] for t in document["totals"]} == {
+        "int4 group 64",
+        "int8 channel",
+        "kept (embeddings)",
+        "kept (not a matrix)",
+    }
 
 
 def test_diff_counts_modules_and_bytes(here: Path, capsys: Capture) -> None:
@@ -131,6 +150,10 @@ def test_a_closed_pipe_is_no_error(here: Path) -> None:
     import sys
 
     done = subprocess.run(
-        f"{sys.executable} -m quantplan explain good.yaml --model moe.shapes.json | head -1", shell=True, capture_output=True, text=True, cwd=here
+        f"{sys.executable} -m quantplan explain good.yaml --model moe.shapes.json | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=here,
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -53,9 +53,7 @@ FILES = (
 
 def nasty() -> tuple[Checked, ...]:
     """Every nasty string as message, help, tensor, source line and file name."""
-    places = [
-        Place(file=f, line=i, column=i, width=i, text=t) for i, (f, t) in enumerate(zip(FILES, NASTY, strict=True), 1)
-    ]
+    places = [Place(file=f, line=i, column=i, width=i, text=t) for i, (f, t) in enumerate(zip(FILES, NASTY, strict=True), 1)]
     problems = [Problem("QP110", t, t, ("a", 0, t), place=p) for t, p in zip(NASTY, places, strict=True)]
     problems += [Problem("QP402", t, place=Place(tensor=t, byte=3), severity="note") for t in NASTY]
     problems += [Problem("QP999", t, place=Place(line=2)) for t in NASTY]
@@ -168,9 +166,7 @@ def fingerprint(*problems: Problem, file: str = "p.yaml") -> list[str]:
 
 
 def test_fingerprints_survive_moves() -> None:
-    moved = Problem(
-        TYPO.code, TYPO.message, "other help", ("overrides", 4, "pattern"), place=Place("plans/bad.yaml", 90, 3)
-    )
+    moved = Problem(TYPO.code, TYPO.message, "other help", ("overrides", 4, "pattern"), place=Place("plans/bad.yaml", 90, 3))
     assert fingerprint(TYPO) == fingerprint(moved) == fingerprint(TYPO.at(Place("./plans/bad.yaml", 1, 1)))
     assert fingerprint(NOTE, TYPO)[1] == fingerprint(TYPO)[0]
     sarif = report("sarif")["runs"][0]["results"][0]["partialFingerprints"]

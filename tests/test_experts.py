@@ -25,12 +25,21 @@ MANY = {"moe_intermediate_size": 96, "num_experts": 4}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": ("Qwen3MoeConfig", MANY),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
-    "llama4": ("Llama4TextConfig", {"num_local_experts": 4, "intermediate_size": 96, "intermediate_size_mlp": 128, "moe_layers": [0, 1]}),
+    "llama4": (
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "intermediate_size": 96, "intermediate_size_mlp": 128, "moe_layers": [0, 1]},
+    ),
     "gpt-oss": ("GptOssConfig", {"num_local_experts": 4, "intermediate_size": 96}),
     "deepseek-v3": (
         "DeepseekV3Config",
         {
-            **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 96, "first_k_dense_replace": 1},
+            **{
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "moe_intermediate_size": 96,
+                "first_k_dense_replace": 1,
+            },
             **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 32},
             **{"num_key_value_heads": 4, "head_dim": None},
         },
@@ -97,7 +106,10 @@ def test_targets_of_experts_are_a_few_expressions_that_match_nothing_else(built:
     import json
     import re
 
-    plan = {"default": {"wq": "int4", "group_size": 32}, "overrides": [{"pattern": "model.layers.1.mlp.experts.*", "wq": "int8"}]}
+    plan = {
+        "default": {"wq": "int4", "group_size": 32},
+        "overrides": [{"pattern": "model.layers.1.mlp.experts.*", "wq": "int8"}],
+    }
     report = quantplan.apply(built("qwen3-moe"), plan, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     for a in report.resolution.quantized:
@@ -112,6 +124,10 @@ def test_targets_of_experts_are_a_few_expressions_that_match_nothing_else(built:
 
 
 def test_keeping_experts_that_are_read_one_by_one_is_refused_for_transformers(built: Any) -> None:
-    plan = {"default": {"wq": "int4", "group_size": 32}, "overrides": [{"pattern": "*.experts.*", "keep": True}], "engines": ["transformers"]}
+    plan = {
+        "default": {"wq": "int4", "group_size": 32},
+        "overrides": [{"pattern": "*.experts.*", "keep": True}],
+        "engines": ["transformers"],
+    }
     found = quantplan.resolve(quantplan.load_plan(plan), quantplan.read_checkpoint(built("llama4"))).problems
     assert [p.code for p in found] == ["QP116"]

@@ -17,10 +17,34 @@ from quantplan.scheme import NOT_IN_PLANS, SCHEMES
 ROOT = Path(quantplan.__file__).parent
 # a file imports, at module level, only from its left
 ORDER = (
-    *("errors", "registry", "numerics", "import_hook", "headers", "hub", "models", "tensor", "scheme", "schemes", "algorithm"),
-    *("algorithms", "assignment", "format", "formats", "engines", "faces", "diagnostics", "plan", "checkpoint", "estimate"),
+    *(
+        "errors",
+        "registry",
+        "numerics",
+        "import_hook",
+        "headers",
+        "hub",
+        "models",
+        "tensor",
+        "scheme",
+        "schemes",
+        "algorithm",
+    ),
+    *(
+        "algorithms",
+        "assignment",
+        "format",
+        "formats",
+        "engines",
+        "faces",
+        "diagnostics",
+        "plan",
+        "checkpoint",
+        "estimate",
+    ),
     *("explain", "engine", "nn", "hf", "evaluate", "cli", "__main__"),
 )
+HEAVY = {"torch", "transformers"}
 LEAVES = ("schemes", "algorithms", "formats")
 TORCH_FREE = ORDER[: ORDER.index("explain") + 1]
 
@@ -28,7 +52,12 @@ TORCH_FREE = ORDER[: ORDER.index("explain") + 1]
 def imports(path: Path, module_level: bool) -> set[str]:
     """Full names of quantplan modules a file imports; type-checking imports do not count."""
     tree = ast.parse(path.read_text())
-    skipped = {n for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}
+    skipped = {
+        n
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in ast.walk(node)
+    }
     nodes = ast.iter_child_nodes(tree) if module_level else ast.walk(tree)
     found = set()
     for node in nodes:
@@ -70,7 +99,11 @@ def test_nobody_imports_a_member(path: Path) -> None:
     assert {n for n in members if layer(n) != own or n.split(".")[2] != path.stem} == set()
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.relative_to(ROOT).parts[0].removesuffix(".py") in TORCH_FREE], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.relative_to(ROOT).parts[0].removesuffix(".py") in TORCH_FREE],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
 def test_torch_is_imported_when_it_computes(path: Path) -> None:
     if path.name == "numerics.py":
         return
@@ -78,7 +111,23 @@ def test_torch_is_imported_when_it_computes(path: Path) -> None:
     assert {n.split(".")[0] for n in imports(path, module_level=True)} & heavy == set()
 
 
-@pytest.mark.parametrize("command", ["validate PLAN", "validate PLAN --model MODEL", "explain PLAN --model MODEL", "diff PLAN PLAN --model MODEL", "estimate PLAN --model MODEL", "schemes", "schemes int4", "algorithms", "codes", "schema", "--help", "apply MODEL PLAN -o x --dry-run"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "validate PLAN",
+        "validate PLAN --model MODEL",
+        "explain PLAN --model MODEL",
+        "diff PLAN PLAN --model MODEL",
+        "estimate PLAN --model MODEL",
+        "schemes",
+        "schemes int4",
+        "algorithms",
+        "codes",
+        "schema",
+        "--help",
+        "apply MODEL PLAN -o x --dry-run",
+    ],
+)
 def test_commands_on_plans_never_import_torch(command: str, tmp_path: Path) -> None:
     import models
 
@@ -86,7 +135,7 @@ def test_commands_on_plans_never_import_torch(command: str, tmp_path: Path) -> N
     plan.write_text("default: {wq: int4, group_size: 64}\n")
     shapes = models.write("llama", tmp_path)
     arguments = [{"PLAN": str(plan), "MODEL": str(shapes)}.get(a, a) for a in command.split()]
-    code = f"import sys; from quantplan.cli import run; status = run({arguments!r}); heavy = {{'torch', 'transformers'}} & set(sys.modules); sys.exit(99 if heavy else status)"
+    code = f"import sys, quantplan.cli; s = quantplan.cli.run({arguments!r}); sys.exit(99 if {HEAVY} & set(sys.modules) else s)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
@@ -113,6 +162,21 @@ def test_a_scheme_option_is_never_called_like_a_key_of_a_rule() -> None:
 
 
 def test_registries_hold_what_the_documents_say() -> None:
-    assert SCHEMES.names() == ["fp4", "fp8", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "mxfp4", "mxfp6", "mxfp8", "nf4", "nvfp4"]
+    assert SCHEMES.names() == [
+        "fp4",
+        "fp8",
+        "int2",
+        "int3",
+        "int4",
+        "int5",
+        "int6",
+        "int7",
+        "int8",
+        "mxfp4",
+        "mxfp6",
+        "mxfp8",
+        "nf4",
+        "nvfp4",
+    ]
     assert ALGORITHMS.names() == ["rtn"]
     assert FORMATS.names() == ["compressed-tensors", "quantplan"]

@@ -70,10 +70,7 @@ def at(found: Problem) -> tuple[str, int | None, int | None]:
     ("text", "value"),
     [
         *[(word, word) for word in ("no", "yes", "on", "off", "y", "No", "12:30", "1:2:3", "nULL", "tRUE", "1_000")],
-        *[
-            (word, word)
-            for word in ("0b11", "0O17", "0X1F", "-0x1F", "1e", "e3", ".", "-.", "+", "1.2.3", "2020-01-01")
-        ],
+        *[(word, word) for word in ("0b11", "0O17", "0X1F", "-0x1F", "1e", "e3", ".", "-.", "+", "1.2.3", "2020-01-01")],
         *[(word, word) for word in ("inf", "nan", "NaN", "Infinity", "=", "int4", "1e-3x", "١")],
         *[(word, None) for word in ("null", "Null", "NULL", "~", "# a comment", "")],
         *[(word, True) for word in ("true", "True", "TRUE")],
@@ -460,9 +457,7 @@ def test_importing_the_reader_imports_neither_yaml_nor_torch_nor_pydantic() -> N
 # without libyaml
 
 
-@pytest.mark.parametrize(
-    "text", [BLOCK, "a:\n\t- 1", "a: *.x", "a: &x 1", 'a: "\\ud800"', 'a: "\\UFFFFFFFF"', "[" * 9999]
-)
+@pytest.mark.parametrize("text", [BLOCK, "a:\n\t- 1", "a: *.x", "a: &x 1", 'a: "\\ud800"', 'a: "\\UFFFFFFFF"', "[" * 9999])
 def test_without_libyaml_the_answer_is_the_same(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def outcome() -> object:
         try:

@@ -34,7 +34,10 @@ def codes(plan: dict[str, Any], checkpoint: Any) -> list[str]:
 def test_a_later_override_wins_field_by_field(shapes: dict[str, Any]) -> None:
     plan = {
         "default": {"wq": "int8", "group_size": 32},
-        "overrides": [{"pattern": "*.self_attn.*", "wq": {"symmetric": False}}, {"pattern": "*.q_proj", "group_size": 64}],
+        "overrides": [
+            {"pattern": "*.self_attn.*", "wq": {"symmetric": False}},
+            {"pattern": "*.q_proj", "group_size": 64},
+        ],
     }
     r = resolved(plan, shapes["llama"])
     q, k = (r.assignments[f"model.layers.0.self_attn.{n}_proj"].wq for n in "qk")
@@ -54,7 +57,10 @@ def test_another_scheme_drops_the_options_of_the_one_it_replaces(shapes: dict[st
 
 
 def test_every_field_knows_the_line_that_set_it(shapes: dict[str, Any]) -> None:
-    plan = {"default": {"wq": "int4"}, "overrides": [{"pattern": "*.q_proj", "group_size": 64, "algorithm": {"name": "rtn", "search": "mse"}}]}
+    plan = {
+        "default": {"wq": "int4"},
+        "overrides": [{"pattern": "*.q_proj", "group_size": 64, "algorithm": {"name": "rtn", "search": "mse"}}],
+    }
     origin = resolved(plan, shapes["llama"]).assignments["model.layers.1.self_attn.q_proj"].origin
     assert origin["wq.scheme"].path == ("default", "wq")
     assert origin["wq.group_size"].path == ("overrides", 0, "group_size")
@@ -63,7 +69,11 @@ def test_every_field_knows_the_line_that_set_it(shapes: dict[str, Any]) -> None:
 
 
 def test_built_in_rules_keep_what_engines_keep(shapes: dict[str, Any]) -> None:
-    kept = {a.name: a.module.keep.name for a in resolved({"default": {"wq": "int8"}}, shapes["moe"]).assignments.values() if a.wq is None and a.module.keep}
+    kept = {
+        a.name: a.module.keep.name
+        for a in resolved({"default": {"wq": "int8"}}, shapes["moe"]).assignments.values()
+        if a.wq is None and a.module.keep
+    }
     assert kept["model.embed_tokens"] == "embeddings"
     assert kept["lm_head"] == "output heads"
     assert kept["model.layers.0.mlp.gate"] == "routers"
@@ -112,7 +122,10 @@ def test_expect_counts_modules(shapes: dict[str, Any]) -> None:
 
 
 def test_a_redundant_override_is_not_shadowed(shapes: dict[str, Any]) -> None:
-    plan = {"default": {"wq": "int8"}, "overrides": [{"pattern": "*.q_proj", "wq": "int8"}, {"pattern": "model.embed*", "keep": True}]}
+    plan = {
+        "default": {"wq": "int8"},
+        "overrides": [{"pattern": "*.q_proj", "wq": "int8"}, {"pattern": "model.embed*", "keep": True}],
+    }
     assert codes(plan, shapes["llama"]) == []
 
 
@@ -125,8 +138,11 @@ def test_require_raises_every_problem(shapes: dict[str, Any]) -> None:
 
 
 def test_json_and_yaml_are_the_same_plan(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("defaults: {wq: int4, group_size: 64}\noverrides:\n- pattern: '*.q_proj'\n  wq: {scheme: fp8}\n")
-    (tmp_path / "b.json").write_text('{"version": 1, "default": {"group_size": 64, "wq": "int4"}, "overrides": [{"wq": {"scheme": "fp8"}, "pattern": ["*.q_proj"]}]}')
+    (tmp_path / "a.yaml").write_text(
+        "defaults: {wq: int4, group_size: 64}\noverrides:\n- pattern: '*.q_proj'\n  wq: {scheme: fp8}\n"
+    )
+    overrides = '[{"wq": {"scheme": "fp8"}, "pattern": ["*.q_proj"]}]'
+    (tmp_path / "b.json").write_text(f'{{"version": 1, "default": {{"group_size": 64, "wq": "int4"}}, "overrides": {overrides}}}')
     assert load_plan(tmp_path / "a.yaml").canonical() == load_plan(tmp_path / "b.json").canonical()
 
 
@@ -154,8 +170,13 @@ def slow_cascade(name: str, rules: list[dict[str, Any]]) -> tuple[str | None, in
 
 @settings(max_examples=200, deadline=None)
 @given(default=RULES.filter(lambda r: "keep" not in r), overrides=st.lists(st.tuples(GLOBS, RULES), max_size=5))
-def test_the_cascade_equals_a_slow_reference(shapes: dict[str, Any], default: dict[str, Any], overrides: list[tuple[str, dict[str, Any]]]) -> None:
-    listed = [{"pattern": [p], "optional": True, **{k: v for k, v in r.items() if not (r.get("keep") and k == "wq")}} for p, r in overrides]
+def test_the_cascade_equals_a_slow_reference(
+    shapes: dict[str, Any], default: dict[str, Any], overrides: list[tuple[str, dict[str, Any]]]
+) -> None:
+    listed = [
+        {"pattern": [p], "optional": True, **{k: v for k, v in r.items() if not (r.get("keep") and k == "wq")}}
+        for p, r in overrides
+    ]
     r = resolved({"default": default, "overrides": listed}, shapes["llama"])
     rules = [{"pattern": ["*"], **default}, *listed]
     for a in r.assignments.values():

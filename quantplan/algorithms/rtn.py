@@ -31,10 +31,8 @@ class RoundToNearest(Algorithm):
         groups = quantizer.groups(weight)
         if absmax is None and quantizer.config.needs_absmax:
             absmax = groups.abs().amax()
-        if self.search == "minmax":
-            params = quantizer.fit(groups, absmax=absmax)
-        else:
-            params = self._least_error(groups, quantizer, absmax)
+        searching = self.search == "mse"
+        params = self._least_error(groups, quantizer, absmax) if searching else quantizer.fit(groups, absmax=absmax)
         return quantizer.quantize_groups(groups, params, *weight.shape)
 
     def _least_error(self, groups: Tensor, quantizer: Quantizer, absmax: Tensor | None) -> Params:

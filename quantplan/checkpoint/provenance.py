@@ -33,7 +33,9 @@ def versions() -> dict[str, str]:
 
 def source_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The source's name (never a path), revision, and its files with sizes and header hashes."""
-    name = Path(checkpoint.source).resolve().name if checkpoint.path is not None and not checkpoint.revision else checkpoint.source
+    name = (
+        Path(checkpoint.source).resolve().name if checkpoint.path is not None and not checkpoint.revision else checkpoint.source
+    )
     sizes: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         sizes[tensor.file] = max(sizes.get(tensor.file, 0), tensor.end)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,15 @@ TORCH_DTYPES = {
     "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
     "U32": "uint32", "U64": "uint64", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
+
+
+@contextlib.contextmanager
+def reading(source: str | os.PathLike[str], tensor: str = "") -> Iterator[None]:
+    """The operating system's refusals to read as QP202, naming the file."""
+    try:
+        yield
+    except OSError as error:
+        raise fail("QP202", f"cannot be read: {error.strerror}", file=str(error.filename or source), tensor=tensor) from error
 
 
 class TensorReader:
@@ -47,7 +57,8 @@ class TensorReader:
     def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._descriptors:
-                self._descriptors[name] = os.open(checked_file(self.folder, name), os.O_RDONLY | os.O_CLOEXEC)
+                with reading(self.folder / name):
+                    self._descriptors[name] = os.open(checked_file(self.folder, name), os.O_RDONLY | os.O_CLOEXEC)
             return self._descriptors[name]
 
     def read_bytes(self, info: TensorInfo, start: int = 0, size: int | None = None) -> bytearray:
@@ -58,12 +69,16 @@ class TensorReader:
         view, at = memoryview(buffer), 0
         descriptor = self._descriptor(info.file)
         while at < size:
-            try:
+            with reading(info.file, info.name):
                 got = os.preadv(descriptor, [view[at:]], info.start + start + at)
-            except OSError as error:
-                raise fail("QP202", f"cannot be read: {error.strerror}", file=info.file, tensor=info.name) from None
             if got == 0:
-                raise fail("QP210", "the file became shorter while it was read", "is something writing it?", file=info.file, tensor=info.name)
+                raise fail(
+                    "QP210",
+                    "the file became shorter while it was read",
+                    "is something writing it?",
+                    file=info.file,
+                    tensor=info.name,
+                )
             at += got
         return buffer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,14 @@ def checked_side_file(root: Path, path: Path) -> Path:
     blobs = home.parent.parent / "blobs"
     inside = home in real.parents or (home.parent.name == "snapshots" and blobs in real.parents)
     if not real.is_file() or not inside:
-        raise fail("QP303", "is not a regular file inside the model directory", "remove it, or copy its content", file=str(path))
+        raise fail(
+            "QP303",
+            "is not a regular file inside the model directory",
+            "remove it, or copy its content",
+            file=str(path),
+        )
+    if not os.access(real, os.R_OK):
+        raise fail("QP202", "cannot be read: no permission", file=str(path))
     return path
 
 

@@ -15,16 +15,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from quantplan.checkpoint.layout import OutputFile, OutputLayout, json_bytes
-from quantplan.errors import QuantplanError, fail
+from quantplan.errors import QuantplanError, fail, printable
 from quantplan.headers import TensorInfo
 
 CHUNK = 8 << 20  # bytes read or copied at once
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
+UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+MARKER = "publish.json"  # in the staging directory, from when the output is complete until it is in place and all else is gone
 RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
 
 
@@ -36,12 +39,17 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out: Path, layout: OutputLayout, fingerprint: Mapping[str, object], overwrite: bool = False, restart: bool = False
+        self,
+        out: Path,
+        layout: OutputLayout,
+        fingerprint: Mapping[str, object],
+        overwrite: bool = False,
+        restart: bool = False,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         self.layout = layout
         self.overwrite, self.restart = overwrite, restart
-        self.staging = self.out.parent / f".{self.out.name}.quantplan"
+        self.staging = staging_of(self.out)
         self.folder = self.staging / "out"
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.hashes: dict[str, str] = {}  # tensor -> sha256 of its data
@@ -78,68 +86,84 @@ class CheckpointWriter:
         return file in self._done
 
     def _take_lock(self) -> None:
-        import filelock
-
-        if not self.out.parent.is_dir():
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-        path = self.out.parent / f".{self.out.name}.quantplan.lock"
-        lock = filelock.FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            holder = path.read_text("utf-8", "replace").strip() if path.exists() else ""
-            by = f" ({holder})" if holder else ""
-            raise fail("QP501", f"another run is writing this output{by}", "wait for it, or choose another output", file=str(self.out)) from None
-        self._lock.callback(lambda: (path.unlink(missing_ok=True), lock.release()))
-        path.write_text(f"pid {os.getpid()} on {os.uname().nodename}\n", "utf-8")
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        path = self.staging.with_name(f"{self.staging.name}.lock")
+        descriptor, holder = _lock(path)
+        if descriptor is None:
+            by = f" ({printable(holder)})" if holder else ""
+            raise fail(
+                "QP501", f"another run is writing this output{by}", "wait for it, or choose another output", file=str(self.out)
+            )
+        self._lock.callback(os.close, descriptor)
+        self._lock.callback(path.unlink, missing_ok=True)  # before it is released: `_lock` notices
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
     def _open_staging(self) -> None:
-        run = self.staging / "run.json"
-        if self.restart and self.staging.exists():
-            shutil.rmtree(self.staging)
-        if run.exists() and self._finish_publishing():
+        run, old = self.staging / "run.json", self.staging / "old"
+        if old.exists() and self.folder.exists() and not os.path.lexists(self.out):
+            os.rename(old, self.out)  # killed between the two renames of an overwrite
+        finished = self._published_by()
+        if finished is not None or self.restart:
+            self._discard_staging()
+        self.already_published = finished == json_bytes(self.fingerprint) and not self.restart
+        if self.already_published:
             return
-        if self.out.exists() or self.out.is_symlink():
-            if not self.overwrite:
-                raise fail("QP503", "the output exists", "choose another, or say --overwrite", file=str(self.out))
-            if not self.out.is_dir() or self.out.is_symlink():
-                raise fail("QP503", "the output exists and is not a directory", "remove it yourself", file=str(self.out))
+        self._check_out("exists")
         if run.exists():
             self._check_fingerprint(run)
+            for leftover in (self.staging / MARKER, old):
+                _remove(leftover)
         else:
-            shutil.rmtree(self.staging, ignore_errors=True)  # killed before it had a fingerprint: nothing to keep
-            self.folder.mkdir(parents=True)
-            self._write_durably(run, json_bytes(self.fingerprint))
+            _remove(self.staging)  # killed before it had a fingerprint: nothing to keep
+            self.staging.mkdir()
+            _write_durably(run, json_bytes(self.fingerprint))
             _sync_folder(self.staging)
             _sync_folder(self.out.parent)
         self.folder.mkdir(exist_ok=True)
         self._read_journal()
         for path in self.folder.iterdir():
             if path.name not in self._done:
-                path.unlink()
+                _remove(path)
+
+    def _check_out(self, how: str) -> None:
+        """Raises QP503 unless OUT is absent, or a directory that may be replaced: empty, or a checkpoint."""
+        if not os.path.lexists(self.out):
+            return
+        if not self.overwrite:
+            raise fail("QP503", f"the output {how}", "choose another, or say --overwrite", file=str(self.out))
+        if self.out.is_symlink() or not self.out.is_dir():
+            raise fail("QP503", f"the output {how} and is not a directory", "remove it yourself", file=str(self.out))
+        if not (self.out / "config.json").exists() and any(self.out.iterdir()):
+            raise fail("QP503", f"the output {how} and is not a checkpoint", "remove it yourself", file=str(self.out))
 
     def _check_fingerprint(self, run: Path) -> None:
         try:
-            found = json.loads(run.read_text("utf-8"))
-        except ValueError:
+            found = dict(json.loads(run.read_text("utf-8")))
+        except (ValueError, TypeError):
             found = {}
-        if found != self.fingerprint:
+        if json_bytes(found) != json_bytes(self.fingerprint):  # as text: NaN in a config equals nothing
             differs = sorted(k for k in self.fingerprint.keys() | found.keys() if self.fingerprint.get(k) != found.get(k))
             text = f"an interrupted run of this output had a different {', '.join(differs) or 'start'}"
-            raise fail("QP502", text, "repeat that command to finish it, or say --restart to discard it", file=str(self.staging))
+            raise fail(
+                "QP502",
+                text,
+                "repeat that command to finish it, or say --restart to discard it",
+                file=str(self.staging),
+            )
 
     def _read_journal(self) -> None:
         """Takes over the files that are journalled and whose bytes still have the journalled hashes."""
         path = self.staging / "journal.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
         for line in lines:
             try:
                 entry = json.loads(line)
                 name, hashes = entry["file"], entry["tensors"]
+                file = self._files[name]
             except (ValueError, KeyError, TypeError):
                 continue  # torn by a crash: the file counts as not done
-            file = self._files.get(name)
-            if file is not None and file_matches(self.folder / name, file, hashes):
+            if file_matches(self.folder / name, file, hashes):
                 self._done.add(name)
                 self._left[name] = set()
                 self.hashes |= hashes
@@ -155,10 +179,7 @@ class CheckpointWriter:
             descriptor = self._descriptor(info.file)
             for chunk in chunks:
                 digest.update(chunk)
-                view = memoryview(chunk).cast("B")
-                while view:
-                    written = os.pwrite(descriptor, view, at)
-                    at, view = at + written, view[written:]
+                at = _write_at(descriptor, chunk, at)
             assert at == info.end, f"{info.name}: wrote {at - info.start} of {info.size} bytes"
             self.hashes[info.name] = digest.hexdigest()
             self._left[info.file].discard(info.name)
@@ -167,22 +188,21 @@ class CheckpointWriter:
 
     def _descriptor(self, name: str) -> int:
         if name not in self._descriptors:
-            file = self._files[name]
-            descriptor = os.open(self.folder / f"{name}.part", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            file, path = self._files[name], self.folder / f"{name}.part"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             self._descriptors[name] = descriptor
-            os.posix_fallocate(descriptor, 0, file.size)  # no space is found out now, not after an hour
-            os.pwrite(descriptor, file.header, 0)
+            _allocate(descriptor, file.size)
+            _write_at(descriptor, file.header, 0)
         return self._descriptors[name]
 
     def _finish(self, file: OutputFile) -> None:
-        descriptor = self._descriptors.pop(file.name)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        os.fsync(self._descriptors[file.name])
+        os.close(self._descriptors.pop(file.name))
         os.rename(self.folder / f"{file.name}.part", self.folder / file.name)
         _sync_folder(self.folder)
         tensors = {t.name: self.hashes[t.name] for u in file.units for t in u.outputs}
         with open(self.staging / "journal.jsonl", "a", encoding="utf-8") as journal:
-            journal.write(json.dumps({"file": file.name, "tensors": tensors}) + "\n")
+            journal.write("\n" + json.dumps({"file": file.name, "tensors": tensors}))  # the last line may be torn
             journal.flush()
             os.fsync(journal.fileno())
         self._done.add(file.name)
@@ -194,58 +214,151 @@ class CheckpointWriter:
         assert not missing, f"not written: {missing}"
         with _named_errors(self.out):
             for name, source in side_files.items():
-                self._copy(source, self.folder / name)
+                _copy(source, self.folder / name)
             for name, data in documents.items():
-                self._write_durably(self.folder / name, data)
+                _write_durably(self.folder / name, data)
             for folder in {self.folder, *(p.parent for p in self.folder.rglob("*"))}:
                 _sync_folder(folder)
             digest = hashlib.sha256(b"".join(documents.values())).hexdigest()
-            self._write_durably(self.staging / "publish.json", json_bytes({"documents": digest, "names": list(documents)}))
+            marker = {"documents": digest, "names": list(documents), "run": self.fingerprint}
+            _write_durably(self.staging / MARKER, json_bytes(marker))
             _sync_folder(self.staging)
             self._swap()
-            shutil.rmtree(self.staging)
+            self._discard_staging()
 
     def _swap(self) -> None:
-        if self.out.exists():
-            if not self.overwrite:
-                raise fail("QP503", "the output appeared while the run went on", "choose another, or say --overwrite", file=str(self.out))
-            if not _rename(self.folder, self.out, RENAME_EXCHANGE):
-                os.rename(self.out, self.staging / "old")
-                os.rename(self.folder, self.out)
-        elif not _rename(self.folder, self.out, RENAME_NOREPLACE):
-            os.rename(self.folder, self.out)
+        self._check_out("appeared while the run went on")
+        try:
+            if not os.path.lexists(self.out):
+                if not _rename(self.folder, self.out, RENAME_NOREPLACE):
+                    os.rename(self.folder, self.out)
+            elif not _rename(self.folder, self.out, RENAME_EXCHANGE):
+                self._swap_in_two_steps()
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            text = f"the output appeared while the run went on: {error.strerror}"
+            raise fail("QP503", text, "move it away and repeat the command", file=str(self.out)) from None
         _sync_folder(self.out.parent)
 
-    def _finish_publishing(self) -> bool:
-        """Whether an earlier run was killed after its output was in place; then only its leftovers are removed. One killed
-        between the two renames of an overwrite gets its old output back first."""
+    def _swap_in_two_steps(self) -> None:
+        """For file systems that cannot exchange; a later run mends what a kill in between leaves."""
         old = self.staging / "old"
-        if old.exists() and not self.out.exists():
-            os.rename(old, self.out)
+        os.rename(self.out, old)
         try:
-            marker = json.loads((self.staging / "publish.json").read_text("utf-8"))
-            present = hashlib.sha256(b"".join((self.out / n).read_bytes() for n in marker["names"])).hexdigest()
-            same = json.loads((self.staging / "run.json").read_text("utf-8")) == self.fingerprint
-        except (OSError, ValueError, KeyError):
-            return False
-        if not same or present != marker["documents"]:
-            return False
-        shutil.rmtree(self.staging)
-        self.already_published = True
-        return True
+            os.rename(self.folder, self.out)
+        except OSError:
+            os.rename(old, self.out)
+            raise
 
-    def _copy(self, source: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as read, open(target, "wb") as write:
-            shutil.copyfileobj(read, write, CHUNK)
-            write.flush()
-            os.fsync(write.fileno())
+    def _published_by(self) -> bytes | None:
+        """The fingerprint of an earlier run that was killed when its output was in place. Told by the documents: they are in
+        OUT, and no longer (or, after an exchange, other ones) in the staging directory."""
+        try:
+            marker = json.loads((self.staging / MARKER).read_text("utf-8"))
+            names, digest = marker["names"], marker["documents"]
+            if _digest(self.out, names) != digest or _digest(self.folder, names) == digest:
+                return None
+            return json_bytes(marker["run"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
-    def _write_durably(self, path: Path, data: bytes) -> None:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    def _discard_staging(self) -> None:
+        """Removes the staging directory, the marker last: while it stands, a later run knows that the output is in place."""
+        if self.staging.exists():
+            for path in self.staging.iterdir():
+                if path.name != MARKER:
+                    _remove(path)
+        _remove(self.staging)
+
+
+def staging_of(out: Path) -> Path:
+    """The hidden sibling that `out` is made in."""
+    return out.parent / f".{out.name}.quantplan"
+
+
+def staged_bytes(out: Path) -> int:
+    """What an interrupted run of this output takes on the disk already."""
+    taken = 0
+    for folder, _, names in os.walk(staging_of(out)):
+        for name in names:
+            with contextlib.suppress(OSError):
+                taken += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return taken
+
+
+def _lock(path: Path) -> tuple[int | None, str]:
+    """A descriptor that holds the lock at `path`; or None, and what its holder wrote. The kernel releases it with the process."""
+    import fcntl
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor, ""
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0)
+            os.close(descriptor)
+            return None, holder.decode("utf-8", "replace").strip()
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last holder has removed it since: the next one is at `path`
+
+
+def _digest(folder: Path, names: Iterable[str]) -> str:
+    """sha256 over the content of files; empty when one is missing."""
+    try:
+        return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _allocate(descriptor: int, size: int) -> None:
+    """Room for a whole file: no space is found out now, not after an hour. Where that cannot be asked for, only its length."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except AttributeError:  # macOS
+        os.ftruncate(descriptor, size)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        os.ftruncate(descriptor, size)
+
+
+def _write_at(descriptor: int, data: bytes | bytearray | memoryview, at: int) -> int:
+    """Writes all of `data`, however often the system takes only a part; returns where it ends."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, at)
+        at, view = at + written, view[written:]
+    return at
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as read, open(target, "wb") as write:
+        shutil.copyfileobj(read, write, CHUNK)
+        write.flush()
+        os.fsync(write.fileno())
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    """A small file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(part, path)
 
 
 def file_matches(path: Path, file: OutputFile, hashes: Mapping[str, str]) -> bool:
@@ -295,7 +408,7 @@ def _rename(source: Path, target: Path, flag: int) -> bool:
     if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) == 0:
         return True
     code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS):
+    if code in UNSUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(target))
 
@@ -310,7 +423,12 @@ def _named_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         where = str(error.filename or path)
         if error.errno in NO_SPACE:
-            raise fail("QP401", f"no space left: {error.strerror}", "free space and repeat the command: it goes on from here", file=where) from error
+            raise fail(
+                "QP401",
+                f"no space left: {error.strerror}",
+                "free space and repeat the command: it goes on from here",
+                file=where,
+            ) from error
         if error.errno in NO_PERMISSION:
             raise fail("QP402", f"not allowed: {error.strerror}", "choose an output where you may write", file=where) from error
         raise fail("QP403", f"cannot be written: {error.strerror or error}", "", file=where) from error

@@ -48,7 +48,10 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader is gone: nothing more to say, and no noise at exit
         return 0
     except MemoryError:
-        print("QP404 out of memory\n = help: use fewer --threads, or a larger machine; the same command goes on", file=sys.stderr)
+        print(
+            "QP404 out of memory\n = help: use fewer --threads, or a larger machine; the same command goes on",
+            file=sys.stderr,
+        )
         return 4
     except Exception:  # noqa: BLE001 - the last resort: a bug, said so
         import traceback

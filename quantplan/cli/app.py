@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -31,7 +32,19 @@ def options(
     """Options of every command."""
 
 
-for command in (runs.apply, plans.validate, plans.explain, plans.diff, plans.estimate, runs.verify, runs.evaluate_command):
-    app.command(name="eval" if command is runs.evaluate_command else None)(command)
-for command in (registries.schemes, registries.algorithms, registries.codes, registries.schema, plans.shapes):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., int]] = {
+    "apply": runs.apply,
+    "validate": plans.validate,
+    "explain": plans.explain,
+    "diff": plans.diff,
+    "estimate": plans.estimate,
+    "verify": runs.verify,
+    "eval": runs.evaluate,
+    "schemes": registries.schemes,
+    "algorithms": registries.algorithms,
+    "codes": registries.codes,
+    "schema": registries.schema,
+    "shapes": plans.shapes,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantplan.cli import show
 from quantplan.errors import Problem, QuantplanError, errors_in
+
+if TYPE_CHECKING:
+    from quantplan.estimate import Estimate
+    from quantplan.plan.resolve import Resolution
 
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML.")]
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Directory, shapes file, or Hub id.")]
@@ -19,7 +24,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stand
 
 def validate(
     plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="Plan files, JSON or YAML.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", metavar="MODEL", help="Resolve every layer of this model too.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Resolve every layer of this model too.")
+    ] = None,
     output_format: Annotated[str, typer.Option(help="text, json, github, gitlab, sarif or junit.")] = "text",
     as_json: AsJson = False,
     revision: Revision = None,
@@ -73,20 +80,30 @@ def explain(
     resolution = _resolved(plan, model, revision)
     found = chosen(resolution, modules or ())
     if not found:
-        raise fail("QP110", f"no module matches {', '.join(modules or ())}", did_you_mean((modules or [""])[0], resolution.assignments))
+        raise fail(
+            "QP110",
+            f"no module matches {', '.join(modules or ())}",
+            did_you_mean((modules or [""])[0], resolution.assignments),
+        )
     if as_json:
+        fields = {a.name: [vars(f) for f in explain_module(resolution, a)] for a in found}
         show.document({
-            "modules": [
-                {"module": a.name, "treatment": summary(a), "fields": [vars(f) for f in explain_module(resolution, a)]} for a in found
-            ],
+            "modules": [{"module": a.name, "treatment": summary(a), "fields": fields[a.name]} for a in found],
             "totals": [{"treatment": t, "modules": n, "weights": w} for t, n, w in totals(resolution)],
             "problems": [p.as_dict() for p in resolution.problems],
         })  # fmt: skip
     elif modules:
         for a in found:
-            show.table(("field", "value", "set by"), ((f.name, json.dumps(f.value), f.origin) for f in explain_module(resolution, a)), a.name)
+            show.table(
+                ("field", "value", "set by"),
+                ((f.name, json.dumps(f.value), f.origin) for f in explain_module(resolution, a)),
+                a.name,
+            )
     else:
-        show.table(("module", "treatment", "shape"), ((a.name, summary(a), "×".join(map(str, a.module.tensor.shape))) for a in found))
+        show.table(
+            ("module", "treatment", "shape"),
+            ((a.name, summary(a), "×".join(map(str, a.module.tensor.shape))) for a in found),
+        )
         print()
         show.table(("treatment", "modules", "weights"), ((t, n, f"{w:,}") for t, n, w in totals(resolution)))
     return _say(resolution.problems)
@@ -137,14 +154,12 @@ def estimate(plan: PlanFile, model: Model, as_json: AsJson = False, revision: Re
     return _say(resolution.notes)
 
 
-def show_estimate(predicted: object) -> None:
+def show_estimate(predicted: Estimate) -> None:
     """The estimate as lines."""
-    from quantplan.estimate import Estimate
-
-    assert isinstance(predicted, Estimate)
+    files = f"{predicted.files} file{'s' * (predicted.files != 1)}"
     rows = [
         ("source", f"{show.size(predicted.source_bytes)}"),
-        ("output", f"{show.size(predicted.output_bytes)} ({predicted.output_bytes:,} bytes) in {predicted.files} file{'s' * (predicted.files != 1)}"),
+        ("output", f"{show.size(predicted.output_bytes)} ({predicted.output_bytes:,} bytes) in {files}"),
         ("bits per quantized weight", f"{predicted.bits_per_weight:.3f}, scales and zero points counted"),
         ("bits per weight, whole model", f"{predicted.bits_per_weight_whole:.3f}"),
         ("peak memory", f"about {show.size(predicted.peak_memory)}"),
@@ -179,7 +194,7 @@ def shapes(
     return 0
 
 
-def _resolved(plan: Path, model: str, revision: str | None):  # type: ignore[no-untyped-def]
+def _resolved(plan: Path, model: str, revision: str | None) -> Resolution:
     from quantplan.headers import read_checkpoint
     from quantplan.plan.load import load_plan
     from quantplan.plan.resolve import resolve
@@ -187,13 +202,12 @@ def _resolved(plan: Path, model: str, revision: str | None):  # type: ignore[no-
     return resolve(load_plan(plan), read_checkpoint(model, revision))
 
 
-def _say(problems: object) -> int:
+def _say(problems: Sequence[Problem]) -> int:
     """Problems on standard error; 3 when one of them is an error."""
     import sys
 
     from quantplan.errors import render
 
-    listed = tuple(problems)  # type: ignore[call-overload]
-    for problem in listed:
+    for problem in problems:
         print(render(problem), file=sys.stderr)
-    return 3 if next(errors_in(listed), None) else 0
+    return 3 if next(errors_in(problems), None) else 0

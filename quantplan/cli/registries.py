@@ -19,11 +19,23 @@ def schemes(name: Name = None, as_json: AsJson = False) -> int:
 
     if name is not None:
         return _one(SCHEMES.get(name), as_json)
-    rows = [{"scheme": s.name, "bits": s.bits, "granularities": list(s.granularities), "default": _default(s), "summary": _first_line(s)} for s in SCHEMES]
+    rows = [
+        {
+            "scheme": s.name,
+            "bits": s.bits,
+            "granularities": list(s.granularities),
+            "default": _default(s),
+            "summary": _first_line(s),
+        }
+        for s in SCHEMES
+    ]
     if as_json:
         show.document({"schemes": rows, "formats": FORMATS.names()})
     else:
-        show.table(("scheme", "bits", "default", "what it is"), ((r["scheme"], r["bits"], r["default"], r["summary"]) for r in rows))
+        show.table(
+            ("scheme", "bits", "default", "what it is"),
+            ((r["scheme"], r["bits"], r["default"], r["summary"]) for r in rows),
+        )
     return 0
 
 
@@ -78,11 +90,16 @@ def _one(member: Any, as_json: bool) -> int:
     fields = {n: f for n, f in member.plan_options().items()}
     if as_json:
         made = member.model_json_schema()
-        show.document({"name": member.name, "summary": _first_line(member), "options": {n: made["properties"][n] for n in fields}})
+        show.document(
+            {"name": member.name, "summary": _first_line(member), "options": {n: made["properties"][n] for n in fields}}
+        )
         return 0
     print(f"{member.name}: {_first_line(member)}\n")
     described = member.model_json_schema()["properties"]
-    rows = ((n, _values(described[n]), "" if f.default is None else f.default, " ".join((f.description or "").split())) for n, f in fields.items())
+    rows = (
+        (n, _values(described[n]), "" if f.default is None else f.default, " ".join((f.description or "").split()))
+        for n, f in fields.items()
+    )
     show.table(("option", "values", "default", "meaning"), rows)
     return 0
 

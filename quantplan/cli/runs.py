@@ -25,7 +25,9 @@ def apply(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Stop after the estimate.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, in one step, when the new one is complete.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, in one step, when the new one is complete.")
+    ] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
@@ -48,7 +50,14 @@ def apply(
             stop.check(RESUME)
 
         report = engine.apply(
-            model, plan, output, overwrite=overwrite, restart=restart, workers=threads, revision=revision, on_step=on_step
+            model,
+            plan,
+            output,
+            overwrite=overwrite,
+            restart=restart,
+            workers=threads,
+            revision=revision,
+            on_step=on_step,
         )
     if as_json:
         show.document(report.as_dict())
@@ -95,7 +104,10 @@ def _show_report(report: Report) -> None:
 
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that quantplan wrote.")],
-    source: Annotated[str | None, typer.Option("--source", "-s", metavar="MODEL", help="The checkpoint it was made from: errors per layer.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--source", "-s", metavar="MODEL", help="The checkpoint it was made from: errors per layer."),
+    ] = None,
     plan: Annotated[Path | None, typer.Option("--plan", "-p", help="The plan it should have been made by.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -123,7 +135,11 @@ def _show_verification(found: Verification) -> None:
         worst = sorted(found.layers, key=lambda layer: layer.snr)
         mean = sum(layer.snr for layer in found.layers) / len(found.layers)
         rows = ((e.name, e.scheme, f"{e.snr:.2f}", f"{e.largest:.6f}") for e in worst[:10])
-        show.table(("module", "scheme", "SNR dB", "max error"), rows, f"{len(worst)} quantized matrices, mean SNR {mean:.2f} dB; the worst:")
+        show.table(
+            ("module", "scheme", "SNR dB", "max error"),
+            rows,
+            f"{len(worst)} quantized matrices, mean SNR {mean:.2f} dB; the worst:",
+        )
         print()
     checked = "record and source" if found.source_checked else "record"
     if found.ok:
@@ -132,10 +148,12 @@ def _show_verification(found: Verification) -> None:
         print(f"{found.out}: {len(found.problems)} problem{'s' * (len(found.problems) != 1)}")
 
 
-def evaluate_command(
+def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories to measure.")],
     data: Annotated[Path, typer.Option("--data", "-d", metavar="FILE", help="Text: .txt or .jsonl.")],
-    reference: Annotated[str | None, typer.Option("--reference", "-r", metavar="MODEL", help="The float model: KL and top-1 agreement.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", metavar="MODEL", help="The float model: KL and top-1 agreement.")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="How many windows; all by default.")] = None,
     length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
     as_json: AsJson = False,
@@ -145,15 +163,23 @@ def evaluate_command(
 
     KL (nats per token) and agreement are against --reference, the float model.
     """
-    from quantplan.evaluate.metrics import evaluate
+    from quantplan.evaluate import metrics
 
     with show.progress("evaluating", quiet) as advance:
-        found = evaluate(models, data, reference, windows, length, on_step=lambda name, done, total: advance(done, total, name))
+        found = metrics.evaluate(
+            models, data, reference, windows, length, on_step=lambda name, done, total: advance(done, total, name)
+        )
     if as_json:
         show.document({"evaluations": [e.as_dict() for e in found]})
         return 0
     rows = (
-        (e.model, f"{e.perplexity:.3f}", *(("" if v is None else f"{v:.5f}") for v in (e.kl, e.top1)), f"{e.tokens:,}", f"{e.seconds:.0f} s")
+        (
+            e.model,
+            f"{e.perplexity:.3f}",
+            *(("" if v is None else f"{v:.5f}") for v in (e.kl, e.top1)),
+            f"{e.tokens:,}",
+            f"{e.seconds:.0f} s",
+        )
         for e in found
     )
     show.table(("model", "perplexity", "KL", "top-1", "tokens", "time"), rows)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-
 NUMBER = re.compile(r"[+−-]?[\d.,]*( ?(B|kB|MB|GB|TB|s|%))?")
 
 
@@ -40,12 +39,12 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str 
     from rich.table import Table
     from rich.text import Text
 
-    rows = [[str(cell) for cell in row] for row in rows]
-    numeric = [bool(rows) and all(NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(headings))]
+    cells = [[str(cell) for cell in row] for row in rows]
+    numeric = [bool(cells) and all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headings))]
     made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for heading, right in zip(headings, numeric, strict=True):
         made.add_column(heading, justify="right" if right else "left", overflow="fold")
-    for row in rows:
+    for row in cells:
         made.add_row(*(Text(cell) for cell in row))  # Text: names of a checkpoint are no markup
     Console(soft_wrap=False, width=None if sys.stdout.isatty() else 240).print(made)
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
 from quantplan.checkpoint.provenance import NAME, fingerprint, other_hashes, provenance
-from quantplan.checkpoint.reader import TensorReader
+from quantplan.checkpoint.reader import TensorReader, reading
 from quantplan.checkpoint.side_files import output_config, side_files
-from quantplan.checkpoint.writer import CHUNK, CheckpointWriter
+from quantplan.checkpoint.writer import CHUNK, CheckpointWriter, staged_bytes
 from quantplan.errors import fail
+from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint, read_checkpoint
-from quantplan.estimate import Estimate, estimate
 from quantplan.plan.load import LoadedPlan, load_plan
 from quantplan.plan.resolve import Resolution, resolve
 
@@ -65,7 +66,9 @@ class Report:
         }
 
 
-def prepare(model: str | os.PathLike[str], plan: str | os.PathLike[str] | Mapping[str, Any], revision: str | None = None) -> Resolution:
+def prepare(
+    model: str | os.PathLike[str], plan: str | os.PathLike[str] | Mapping[str, Any], revision: str | None = None
+) -> Resolution:
     """A plan resolved against a model, or every problem at once. No weights are read, no torch is imported."""
     loaded: LoadedPlan = load_plan(plan)
     return resolve(loaded, read_checkpoint(model, revision)).require()
@@ -89,47 +92,52 @@ def apply(
     """
     started = time.monotonic()
     resolution = prepare(model, plan, revision)
-    source = with_weights(resolution.checkpoint, revision)
+    source = with_weights(resolution.checkpoint)
     resolution = replace(resolution, checkpoint=source)
     target = Path(out)
     check_target(target, source.require_path())
-    layout = output_layout(resolution)
-    predicted = estimate(resolution, layout, workers)
+    with reading(source.source):
+        layout = output_layout(resolution)
+        predicted = estimate(resolution, layout, workers)
+        copied = side_files(source)
+        begun = fingerprint(resolution, layout)
     check_environment(predicted, target)
-    copied = side_files(source)
     with (
         TensorReader(source.require_path(), source.tensors) as reader,
-        CheckpointWriter(target, layout, fingerprint(resolution, layout), overwrite, restart) as writer,
+        CheckpointWriter(target, layout, begun, overwrite, restart) as writer,
     ):
         reused = writer.reused
         if not writer.already_published:
-            for step in write_units(resolution, layout, reader, writer, workers):
-                if on_step is not None:
-                    on_step(step)
+            with contextlib.closing(write_units(resolution, layout, reader, writer, workers)) as steps:
+                for step in steps:
+                    if on_step is not None:
+                        on_step(step)
             account(resolution, layout, writer)
             config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
             documents = layout.side_documents()
-            others = other_hashes({**documents, **config}, copied)
+            with reading(source.source):
+                check_unchanged(begun, fingerprint(resolution, layout))
+                others = other_hashes({**documents, **config}, copied)
             record = {NAME: provenance(resolution, layout, writer.hashes, others)}
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
 
 
-def with_weights(checkpoint: Checkpoint, revision: str | None) -> Checkpoint:
-    """The checkpoint on local disk: itself, or a snapshot fetched from the Hub."""
+def with_weights(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint on local disk: itself, or a snapshot fetched from the Hub, of the commit whose headers were read."""
     if checkpoint.path is not None or not checkpoint.revision:
         checkpoint.require_path()
         return checkpoint
     from quantplan.hub import fetch
 
-    path, commit = fetch(checkpoint.source, revision)
+    path, commit = fetch(checkpoint.source, checkpoint.revision)
     return replace(read_checkpoint(path), source=checkpoint.source, revision=commit)
 
 
 def write_units(
     resolution: Resolution, layout: OutputLayout, reader: TensorReader, writer: CheckpointWriter, workers: int | None
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Writes every unit of files that are not done yet, yielding after each."""
     from quantplan.engine.stream import quantized
 
@@ -147,7 +155,7 @@ def write_units(
                 for info in unit.outputs:
                     writer.write(info, _bytes(encoded[info.name]))
             elif unit.kind == "cast":
-                writer.write(unit.outputs[0], _bytes(_cast(reader.read(unit.source.name), unit.outputs[0].dtype)))
+                writer.write(unit.outputs[0], _bytes(_cast(reader.read(unit.source.name), unit)))
             else:
                 writer.write_chunks(unit.outputs[0], _chunks(reader, unit))
             done += _share(unit)
@@ -173,18 +181,25 @@ def _chunks(reader: TensorReader, unit: Unit) -> Iterator[bytearray]:
         yield reader.read_bytes(unit.source, start, min(CHUNK, size - start))
 
 
-def _cast(tensor: Tensor, dtype: str) -> Tensor:
+def _cast(tensor: Tensor, unit: Unit) -> Tensor:
+    """The tensor in the output's dtype. Raises QP601 when a number becomes infinite: float16 ends at 65504."""
     import torch
 
     from quantplan.checkpoint.reader import TORCH_DTYPES
 
-    return tensor.to(getattr(torch, TORCH_DTYPES[dtype]))
+    name = TORCH_DTYPES[unit.outputs[0].dtype]
+    cast = tensor.to(getattr(torch, name))
+    lost = int(cast.isinf().sum()) - int(tensor.isinf().sum())
+    if lost:
+        text = f"{lost} of {tensor.numel()} values are too large for {name}"
+        raise fail("QP601", text, "choose another output.dtype", file=unit.source.file, tensor=unit.source.name)
+    return cast
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def account(resolution: Resolution, layout: OutputLayout, writer: CheckpointWriter) -> None:
@@ -197,6 +212,13 @@ def account(resolution: Resolution, layout: OutputLayout, writer: CheckpointWrit
         raise fail("QP602", "a tensor is not accounted for", "please report this", tensor=name)
 
 
+def check_unchanged(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """No source file was touched since the run began. Raises QP210: what was read may be half old, half new."""
+    changed = sorted(name for name, time in now["times"].items() if begun["times"][name] != time)
+    if changed:
+        raise fail("QP210", "the file was changed while it was read", "repeat with --restart", file=changed[0])
+
+
 def check_target(out: Path, model: Path) -> None:
     """The output is not the model, nor inside it, nor around it. Raises QP503."""
     target, source = Path(os.path.realpath(out)), Path(os.path.realpath(model))
@@ -205,11 +227,12 @@ def check_target(out: Path, model: Path) -> None:
 
 
 def check_environment(predicted: Estimate, out: Path) -> None:
-    """Enough disk and memory for what is predicted. Raises QP401, QP404 before anything is written."""
+    """Enough disk and memory for what is predicted, less what an interrupted run wrote. Raises QP401, QP404 before anything is
+    written."""
     import psutil
 
     parent = next(p for p in (Path(os.path.abspath(out)).parent, *Path(os.path.abspath(out)).parents) if p.is_dir())
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + staged_bytes(Path(os.path.abspath(out)))
     if predicted.output_bytes > free:
         text = f"the output needs {predicted.output_bytes:,} bytes, {free:,} are free"
         raise fail("QP401", text, "free space, or choose another output", file=str(parent))

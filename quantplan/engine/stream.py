@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,9 @@ PIECE = 1 << 19  # weights quantized at a time: their float32 copies stay in a c
 LOOKAHEAD = 2  # units in flight beyond one a worker
 
 
-def quantized(units: Iterable[Unit], reader: TensorReader, workers: int | None = None) -> Iterator[tuple[Unit, QuantizedTensor]]:
+def quantized(
+    units: Iterable[Unit], reader: TensorReader, workers: int | None = None
+) -> Generator[tuple[Unit, QuantizedTensor], None, None]:
     """Each quantize-unit with its quantized matrix, in order. Raises QP601 for NaN or infinity in a weight."""
     workers = workers or os.cpu_count() or 1
     units = list(units)

@@ -84,7 +84,14 @@ def verify(
     recorded = load_plan(record["plan"])
     problems: list[Problem] = []
     if plan is not None and load_plan(plan).canonical() != recorded.canonical():
-        problems.append(Problem("QP804", "the output was made by another plan", "compare with the plan in quantplan.json", place=Place(str(out))))
+        problems.append(
+            Problem(
+                "QP804",
+                "the output was made by another plan",
+                "compare with the plan in quantplan.json",
+                place=Place(str(out)),
+            )
+        )
     try:
         written = read_checkpoint(out)
     except QuantplanError as error:
@@ -135,7 +142,12 @@ def check_record(record: Mapping[str, Any], written: Checkpoint) -> Iterator[Pro
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for info, found in zip(common, pool.map(lambda info: _hash_tensor(folder, info), common), strict=True):
             if found != tensors[info.name]:
-                yield Problem("QP801", "the data is not what was recorded", "copy it again, or repeat the run", place=Place(info.file, tensor=info.name))
+                yield Problem(
+                    "QP801",
+                    "the data is not what was recorded",
+                    "copy it again, or repeat the run",
+                    place=Place(info.file, tensor=info.name),
+                )
 
 
 def check_source(record: Mapping[str, Any], source: Checkpoint) -> Iterator[Problem]:
@@ -171,12 +183,19 @@ def compare(
     output = FORMATS.get(resolution.plan.output.format)()
     source = resolution.checkpoint
     units = [u for f in layout.files for u in f.units]
-    with TensorReader(source.require_path(), source.tensors) as old, TensorReader(written.require_path(), written.tensors) as new:
+    with (
+        TensorReader(source.require_path(), source.tensors) as old,
+        TensorReader(written.require_path(), written.tensors) as new,
+    ):
         for done, unit in enumerate(units):
             if unit.matrix is not None:
                 yield layer_error(unit, output, old, new)
             elif unit.kind == "copy" and not _same_bytes(unit.source, written.tensors[unit.source.name], old, new):
-                yield Problem("QP801", "the copy differs from the source", place=Place(unit.outputs[0].file, tensor=unit.source.name))
+                yield Problem(
+                    "QP801",
+                    "the copy differs from the source",
+                    place=Place(unit.outputs[0].file, tensor=unit.source.name),
+                )
             if on_step is not None:
                 on_step(unit.name, done + 1, len(units))
 

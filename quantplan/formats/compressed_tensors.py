@@ -58,7 +58,11 @@ class CompressedTensors(Format):
         if not wq.name.startswith(("int", "fp8")) or (wq.name == "fp8" and aq.name != "fp8"):
             return f"{wq.name} weights with {aq.name} activations"
         if wq.name == "fp8" and wq.strategy == "block":
-            return None if aq.group == BLOCK else f"blocks of fp8 need activations in groups of {BLOCK}: aq: {{scheme: fp8, group_size: {BLOCK}}}"
+            return (
+                None
+                if aq.group == BLOCK
+                else f"blocks of fp8 need activations in groups of {BLOCK}: aq: {{scheme: fp8, group_size: {BLOCK}}}"
+            )
         return None if aq.strategy == "token" else "dynamic activations need one scale per token"
 
     def layout(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None) -> Layout:
@@ -108,9 +112,7 @@ class CompressedTensors(Format):
             out[f"{name}.weight_global_scale"] = params["global_scale"]
         return out
 
-    def decode(
-        self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None, read: Callable[[str], Tensor]
-    ) -> QuantizedTensor:
+    def decode(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None, read: Callable[[str], Tensor]) -> QuantizedTensor:
         import torch
 
         from quantplan.numerics import unpack_bits
@@ -166,8 +168,8 @@ class CompressedTensors(Format):
 
 
 def _targets(names: Sequence[str], everything: Sequence[str]) -> list[str]:
-    """Names as they are, except experts, which come in thousands: one expression a projection, `.layers.\\d+.….experts.\\d+.up_proj`,
-    where it matches these names and no others."""
+    """Names as they are, except experts, which come in thousands: one expression a projection, where it matches these names
+    and no others."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(_expert_kind(name) or name, []).append(name)

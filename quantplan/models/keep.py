@@ -28,14 +28,32 @@ KEEP_RULES = (
     KeepRule(
         "embeddings",
         (
-            *("*embed_tokens*", "*embeddings*", "*tok_embeddings", "*token_embedding*", "*.embed_positions*", "*.wte", "*.wpe"),
+            *(
+                "*embed_tokens*",
+                "*embeddings*",
+                "*tok_embeddings",
+                "*token_embedding*",
+                "*.embed_positions*",
+                "*.wte",
+                "*.wpe",
+            ),
             *("wte", "wpe", "shared", "*.embed_in", "*.relative_attention_bias", "*.embed_tokens_per_layer"),
         ),
         "looked up, not multiplied",
     ),
     KeepRule(
         "output heads",
-        ("lm_head", "*.lm_head", "embed_out", "output", "proj_out", "score", "classifier", "*.classifier", "qa_outputs"),
+        (
+            "lm_head",
+            "*.lm_head",
+            "embed_out",
+            "output",
+            "proj_out",
+            "score",
+            "classifier",
+            "*.classifier",
+            "qa_outputs",
+        ),
         "decides every token, and is tied to the embedding in many models",
     ),
     KeepRule(
@@ -51,7 +69,11 @@ KEEP_RULES = (
         ),
         "run once per input, and engines keep them in the source precision",
     ),
-    KeepRule("multi-token-prediction heads", ("mtp.*", "*.mtp.*", "*.eh_proj"), "only draft tokens; engines load them as they are"),
+    KeepRule(
+        "multi-token-prediction heads",
+        ("mtp.*", "*.mtp.*", "*.eh_proj"),
+        "only draft tokens; engines load them as they are",
+    ),
 )
 NOT_A_MATRIX = KeepRule("not a matrix", (), "schemes hold matrices; norms, biases and convolutions are not")
 NOT_A_FLOAT = KeepRule("not a float", (), "the tensor is not float32, float16 or bfloat16")
@@ -81,7 +103,11 @@ def structural_keep(tensor: TensorInfo, config: Mapping[str, Any]) -> KeepRule |
     if tensor.dtype not in FLOAT_DTYPES or tensor.dtype == "F64":
         return NOT_A_FLOAT
     if len(tensor.shape) == 2 and 0 not in tensor.shape:
-        return CONV1D if config.get("model_type") in CONV1D_MODELS and ".wte" not in tensor.name and ".wpe" not in tensor.name else None
+        return (
+            CONV1D
+            if config.get("model_type") in CONV1D_MODELS and ".wte" not in tensor.name and ".wpe" not in tensor.name
+            else None
+        )
     if len(tensor.shape) == 3 and ".experts." in tensor.name:
         return None
     return NOT_A_MATRIX

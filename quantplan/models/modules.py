@@ -28,7 +28,9 @@ EXPERT_PARTS = {
 }
 # models whose fused experts are stored [experts, in, out], the halves of gate_up one after the other
 TRANSPOSED_EXPERTS = {"llama4", "llama4_text"}
-INTERLEAVED = KeepRule("interleaved experts", (), "experts stored as [expert, in, out] with gate and up interleaved, as gpt-oss does")
+INTERLEAVED = KeepRule(
+    "interleaved experts", (), "experts stored as [expert, in, out] with gate and up interleaved, as gpt-oss does"
+)
 READS_INTERMEDIATE = {"down_proj", "w2"}
 # layers an engine computes as one: vLLM's packed_modules_mapping and its fused experts
 SIBLINGS: tuple[tuple[str, ...], ...] = (

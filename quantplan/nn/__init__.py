@@ -1,1 +1,1 @@
-""""""
+"""Quantized modules, and quantizing a model that is in memory."""

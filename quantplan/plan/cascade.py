@@ -66,9 +66,16 @@ def _set(state: State, field: str, value: Any, origin: Origin) -> None:
     state[field] = (value, origin)
 
 
+def keeps(override: Override) -> bool:
+    """Whether an override says to leave the weight alone."""
+    return bool(override.keep) or ("wq" in override.model_fields_set and override.wq is None)
+
+
 def lifts(override: Override, name: str) -> bool:
     """Whether an override takes a module out of the built-in keep rules: by naming it, or with `keep: false`."""
-    return override.keep is False or (override.wq is not None and name in override.pattern and any(map(is_literal, override.pattern)))
+    return override.keep is False or (
+        override.wq is not None and name in override.pattern and any(map(is_literal, override.pattern))
+    )
 
 
 def options(state: State, part: str) -> dict[str, Any]:

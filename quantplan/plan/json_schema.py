@@ -27,7 +27,10 @@ def plan_schema() -> dict[str, Any]:
     for properties in (rule, override):
         for key, name in (("wq", "Weights"), ("aq", "Activations"), ("algorithm", "Algorithm")):
             properties[key] = {"$ref": f"#/$defs/{name}", "description": properties[key]["description"]}
-    patterns = [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}]
+    patterns = [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1},
+    ]
     override["pattern"] = {"anyOf": patterns, "description": override["pattern"]["description"]}
     output = schema["$defs"]["Output"]["properties"]
     output["format"] |= {"enum": FORMATS.names()}
@@ -38,7 +41,10 @@ def plan_schema() -> dict[str, Any]:
         "description": output["shard_size"]["description"],
     }
     top = schema["properties"]
-    top["engines"] = {"anyOf": [{"type": "array", "items": {"enum": sorted(ENGINES)}}, NULL], "description": top["engines"]["description"]}
+    top["engines"] = {
+        "anyOf": [{"type": "array", "items": {"enum": sorted(ENGINES)}}, NULL],
+        "description": top["engines"]["description"],
+    }
     for key in ("transforms", "kv_cache", "calibration"):
         empty = {"type": "array", "maxItems": 0} if key == "transforms" else NULL
         top[key] = {**empty, "description": f"{top[key]['description']} (not available yet)"}
@@ -50,7 +56,12 @@ def plan_schema() -> dict[str, Any]:
 def _choice(registry: Registry[Any], key: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """A name, an object with that name's options, an object with options only (they go to the name in effect), or null."""
     objects = [_object(member, key, extra or {}) for member in registry]
-    free = {"type": "object", "minProperties": 1, "not": {"required": [key]}, "properties": _all_options(registry, extra or {})}
+    free = {
+        "type": "object",
+        "minProperties": 1,
+        "not": {"required": [key]},
+        "properties": _all_options(registry, extra or {}),
+    }
     return {"anyOf": [{"enum": registry.names()}, *objects, {**free, "additionalProperties": False}, NULL]}
 
 

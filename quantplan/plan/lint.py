@@ -14,8 +14,9 @@ from quantplan.models.modules import fused_groups, text_config
 from quantplan.plan.schema import Plan
 
 
-def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignment]) -> Iterator[Problem]:
-    """Every finding about assignments, one problem a cause with the modules it is about."""
+def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignment], in_memory: bool = False) -> Iterator[Problem]:
+    """Every finding about assignments, one problem a cause with the modules it is about. `in_memory`: nothing is
+    written, so formats and engines have no say."""
     yield from _source(checkpoint)
     treated = [a for a in assignments.values() if a.wq is not None]
     if not treated:
@@ -25,6 +26,8 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
         return
     yield from _tied(treated)
     yield from _divisible(treated)
+    if in_memory:
+        return
     yield from _held(plan, treated)
     yield from _engines(plan, [a for a in assignments.values() if a.wq is not None or a.module.kind == "experts"])
     yield from _siblings(plan, assignments)
@@ -36,7 +39,11 @@ def _source(checkpoint: Checkpoint) -> Iterator[Problem]:
     if quantized:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
         advice = "start from the unquantized checkpoint"
-        yield Problem("QP212", f"the model is already quantized ({printable(str(method))}): {printable(checkpoint.source)}", advice)
+        yield Problem(
+            "QP212",
+            f"the model is already quantized ({printable(str(method))}): {printable(checkpoint.source)}",
+            advice,
+        )
     code = [key for key in ("auto_map", "_attn_implementation_internal", "trust_remote_code") if key in config]
     if code:
         text = f"config.json names code to run ({', '.join(code)}); none of it is run here"
@@ -90,7 +97,7 @@ def _held(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
     output = FORMATS.get(plan.output.format)()
     findings, answers = _Findings(), {}
     for a in treated:
-        key = (a.wq, a.aq, a.module.kind, a.module.columns)
+        key = (a.wq, a.aq, a.module.kind, a.module.columns, ".experts." in a.name)
         if key not in answers:
             answers[key] = output.refuse(a)
         if answers[key]:

@@ -107,12 +107,12 @@ def _leave_out(data: dict[str, Any], problem: Problem) -> None:
     """Removes the field a problem is about. An override whose pattern is bad matches nothing, and may."""
     path = problem.path or ()
     if path[:1] != ("overrides",) or len(path) < 2:
-        field = path[:2] if path[:1] in (("default",), ("output",)) else path[:1]
-        holder = data if len(field) < 2 else data.get(field[0])
-        if isinstance(holder, dict) and field:
-            holder.pop(field[-1], None)
+        names = [str(part) for part in path[: 2 if path[:1] in (("default",), ("output",)) else 1]] or [""]
+        holder = data if len(names) < 2 else data.get(names[0])
+        if isinstance(holder, dict):
+            holder.pop(names[-1], None)
         else:
-            data.pop(str(path[0]) if path else "", None)
+            data.pop(names[0], None)
         return
     override = data["overrides"][path[1]]
     if not isinstance(override, dict):
@@ -172,7 +172,9 @@ def check_plan(plan: Plan) -> Iterator[Problem]:
                 yield Problem("QP109", f"pattern {reason}", path=(*path, "pattern", place))
     for key in ("transforms", "kv_cache", "calibration"):
         if getattr(plan, key):
-            yield Problem("QP108", f"'{key}' is not available yet", "remove it: this version quantizes without data", (key,), True)
+            yield Problem(
+                "QP108", f"'{key}' is not available yet", "remove it: this version quantizes without data", (key,), True
+            )
     yield from _check_name(FORMATS, plan.output.format, ("output", "format"))
     for index, engine in enumerate(plan.engines or ()):
         if engine not in ENGINES:
@@ -209,7 +211,13 @@ def _check_choice(
         known = {o for member in registry for o in member.plan_options()}
         for option in options:
             if option not in known:
-                yield Problem("QP104", f"no {registry.kind} has an option '{printable(option)}'", did_you_mean(option, known), (*path, option), True)
+                yield Problem(
+                    "QP104",
+                    f"no {registry.kind} has an option '{printable(option)}'",
+                    did_you_mean(option, known),
+                    (*path, option),
+                    True,
+                )
         return
     if not isinstance(name, str):
         yield Problem("QP105", "expected a name", path=where)
@@ -223,7 +231,13 @@ def _check_choice(
     unknown = [o for o in options if o not in known]
     for option in unknown:
         text = f"{registry.kind} '{name}' has no option '{printable(option)}'"
-        yield Problem("QP104", text, did_you_mean(option, known | ({"dynamic"} if path[-1] == "aq" else set())), (*path, option), True)
+        yield Problem(
+            "QP104",
+            text,
+            did_you_mean(option, known | ({"dynamic"} if path[-1] == "aq" else set())),
+            (*path, option),
+            True,
+        )
     if not unknown:
         yield from _try_options(member, options, path, short)
 
@@ -235,7 +249,12 @@ def _try_options(member: Any, options: Mapping[str, Any], path: Path, short: Map
         for problem in schema_problems(error, member, options, path):
             assert problem.path is not None
             moved = problem.path[-1] in short or problem.path[-1] not in options
-            yield Problem(problem.code, problem.message, problem.help, _nearest(problem.path, path, short) if moved else problem.path)
+            yield Problem(
+                problem.code,
+                problem.message,
+                problem.help,
+                _nearest(problem.path, path, short) if moved else problem.path,
+            )
 
 
 def _nearest(found: Path, path: Path, short: Mapping[str, Any]) -> Path:

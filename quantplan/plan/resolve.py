@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,19 +10,18 @@ from pydantic import ValidationError
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.assignment import Assignment, Origin
-from quantplan.errors import Path, Problem, QuantplanError, did_you_mean, errors_in, listing, printable
+from quantplan.errors import Problem, QuantplanError, did_you_mean, errors_in, printable
 from quantplan.headers import Checkpoint
-from quantplan.models.keep import STRUCTURAL, KeepRule
-from quantplan.models.modules import INTERLEAVED, Module, find_modules
-from quantplan.plan.cascade import State, cascade, lifts, live_overrides, options, origins
+from quantplan.models.keep import KeepRule
+from quantplan.models.modules import Module, find_modules
+from quantplan.plan.cascade import State, cascade, keeps, lifts, live_overrides, options, origins
 from quantplan.plan.lint import lint
 from quantplan.plan.load import LoadedPlan, in_order, schema_problems
-from quantplan.plan.pattern import match_names
-from quantplan.plan.schema import Override, Plan
+from quantplan.plan.overrides import check_shadowed, match_overrides
+from quantplan.plan.schema import Plan
 from quantplan.scheme import SCHEMES, SchemeConfig
 
 SOURCE_DTYPE = Origin(label="dtype of the source")
-UNTREATABLE = {rule.name for rule in (*STRUCTURAL, INTERLEAVED)}
 
 
 @dataclass(frozen=True)
@@ -70,22 +68,15 @@ class _Treatment:
     problems: tuple[Problem, ...] = ()
 
 
-def resolve(loaded: LoadedPlan, checkpoint: Checkpoint) -> Resolution:
+def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Module] | None = None) -> Resolution:
     """Every module's treatment, and every problem: overrides that match nothing or never have the last word, options that
-    do not go together, groups that do not divide, what the format or an engine cannot hold, fused siblings that differ."""
-    plan, modules = loaded.plan, find_modules(checkpoint)
+    do not go together, groups that do not divide, what the format or an engine cannot hold, fused siblings that differ.
+
+    `live`: the modules of a model in memory, instead of those the checkpoint stores; no format or engine has to hold them.
+    """
+    plan, modules = loaded.plan, find_modules(checkpoint) if live is None else live
     names = list(modules)
-    problems: list[Problem] = []
-    matched: list[list[int]] = []
-    untried: set[int] = set()  # overrides whose expression took too long: what they match is not known
-    for index, override in enumerate(plan.overrides):
-        try:
-            matched.append(sorted({i for pattern in override.pattern for i in match_names(pattern, names)}))
-        except QuantplanError as error:
-            matched.append([])
-            untried.add(index)
-            problems += [Problem(p.code, p.message, p.help, ("overrides", index, "pattern")) for p in error.problems]
-    problems += (p for p in _check_matches(plan, matched, names) if p.path and p.path[1] not in untried)
+    matched, problems = match_overrides(plan, names)
     masks: dict[int, list[int]] = {}
     for index, found in enumerate(matched):
         for i in found:
@@ -105,8 +96,9 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint) -> Resolution:
         for o in mask:
             words.setdefault(o, set()).update(treatment.live)
         assignments[module.name] = Assignment(module, treatment.wq, treatment.aq, treatment.algorithm, treatment.origin)
-    problems += _check_shadowed(plan, matched, shared, words, [modules[n] for n in names])
-    problems += lint(plan, checkpoint, assignments)
+    effective = {o for treatment in shared.values() for o in treatment.live}
+    problems += check_shadowed(plan, matched, effective, words, list(modules.values()))
+    problems += lint(plan, checkpoint, assignments, in_memory=live is not None)
     return Resolution(
         loaded, checkpoint, assignments, _placed(loaded, problems), {i: len(found) for i, found in enumerate(matched)}
     )
@@ -121,13 +113,15 @@ def _treat(plan: Plan, mask: tuple[int, ...], keep: KeepRule | None, dtype: str)
     state = cascade(rules, keep)
     live = live_overrides(state, keep)
     if keep is not None:  # an override that keeps what is kept anyway is right, if redundant
-        live |= {o for o in mask if plan.overrides[o].keep or {"wq", "aq"} & plan.overrides[o].model_fields_set and plan.overrides[o].wq is None}
+        live |= {o for o in mask if keeps(plan.overrides[o])}
     problems: list[Problem] = []
     wq = _scheme(state, "wq", dtype, problems)
     aq = _scheme(state, "aq", dtype, problems)
     if aq is not None and wq is None and state["wq.scheme"][0] is None:
         origin = state["aq.scheme"][1]
-        problems.append(Problem("QP120", "activations are quantized and the weight is not", "add aq: null, or keep: true", origin.path))
+        problems.append(
+            Problem("QP120", "activations are quantized and the weight is not", "add aq: null, or keep: true", origin.path)
+        )
     algorithm = _build(ALGORITHMS.get(state["algorithm.name"][0]), options(state, "algorithm"), state, "algorithm", problems)
     return _Treatment(wq, aq, algorithm or ALGORITHMS.get("rtn")(), origins(state), frozenset(live), state, tuple(problems))
 
@@ -166,70 +160,3 @@ def _build(member: Any, given: Mapping[str, Any], state: State, part: str, probl
             path = state.get(f"{part}.{option}", head)[1].path or head[1].path
             problems.append(Problem(problem.code, problem.message, problem.help, path))
         return None
-
-
-def _check_matches(plan: Plan, matched: Sequence[Sequence[int]], names: Sequence[str]) -> Iterator[Problem]:
-    for index, (override, found) in enumerate(zip(plan.overrides, matched, strict=True)):
-        path: Path = ("overrides", index, "pattern")
-        if override.expect is not None and len(found) != override.expect:
-            text = f"override matches {len(found)} modules, not the {override.expect} it expects"
-            yield Problem("QP111", text, listing([names[i] for i in found]) if found else "", ("overrides", index, "expect"))
-        elif not found and not override.optional and override.expect is None:
-            shown = ", ".join(f"'{printable(p)}'" for p in override.pattern)
-            yield Problem("QP110", f"override matches no module: {shown}", _nearest_pattern(override, names), path)
-
-
-def _nearest_pattern(override: Override, names: Sequence[str]) -> str:
-    """A pattern that would match, with one part of a name replaced by the nearest that exists."""
-    import difflib
-
-    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-    for pattern in override.pattern:
-        if pattern.startswith("re:"):
-            continue
-        pieces = pattern.split(".")
-        for at, piece in enumerate(pieces):
-            bare = piece.strip("*")
-            if not bare or bare in parts or bare.isdigit():
-                continue
-            contained = [p for p in parts if bare in p]
-            for candidate in (*contained, *difflib.get_close_matches(bare, parts, n=3, cutoff=0.4)):
-                mended = ".".join((*pieces[:at], piece.replace(bare, candidate), *pieces[at + 1 :]))
-                if match_names(mended, names):
-                    return f"did you mean '{mended}'? mark it optional: true if it is for other models"
-    return "mark it optional: true if it is for other models"
-
-
-def _check_shadowed(
-    plan: Plan,
-    matched: Sequence[Sequence[int]],
-    shared: Mapping[tuple[Any, ...], _Treatment],
-    words: Mapping[int, set[int]],
-    modules: Sequence[Module],
-) -> Iterator[Problem]:
-    """Overrides that match modules and change nothing on any of them."""
-    live = {o for treatment in shared.values() for o in treatment.live}
-    for index, (override, found) in enumerate(zip(plan.overrides, matched, strict=True)):
-        if not found or index in live or override.optional:
-            continue
-        path: Path = ("overrides", index, "pattern")
-        kept = {modules[i].keep for i in found}
-        if all(keep is not None for keep in kept):
-            rules = sorted({keep.name for keep in kept if keep})
-            hard = all(modules[i].kind == "other" or modules[i].keep.name in UNTREATABLE for i in found)  # type: ignore[union-attr]
-            why = "; ".join(sorted({keep.why for keep in kept if keep}))
-            text = f"override changes nothing: built-in rule {' and '.join(repr(r) for r in rules)} keeps {listing([modules[i].name for i in found])}"
-            yield Problem("QP117", text, why if hard else "add keep: false to quantize them all the same", path)
-            continue
-        sets = {"wq", "aq", "group_size", "algorithm", "keep"} & override.model_fields_set
-        later = Counter({o: len(set(matched[o]) & set(found)) for o in words.get(index, ()) if o > index})
-        if not sets:
-            yield Problem("QP112", "override sets nothing", "give it wq, aq, group_size, algorithm or keep", path)
-        elif later:
-            hider = later.most_common(1)[0][0]
-            shown = ", ".join(f"'{printable(p)}'" for p in plan.overrides[hider].pattern)
-            text = f"override never has the last word: override {hider + 1} ({shown}) decides on {'all' if later[hider] == len(found) else later[hider]} of its {len(found)} modules"
-            yield Problem("QP112", text, "move it below the other, or mark it optional: true", path)
-        else:
-            text = f"override changes nothing on {listing([modules[i].name for i in found])}"
-            yield Problem("QP112", text, "its options belong to a scheme or algorithm that is not in use there", path)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from quantplan.scheme import SAFETENSORS_DTYPES, SCHEMES, DType, Layout, Params, Quantizer, SchemeConfig, largest_magnitude
+from quantplan.scheme import (
+    SAFETENSORS_DTYPES,
+    SCHEMES,
+    DType,
+    Layout,
+    Params,
+    Quantizer,
+    SchemeConfig,
+    largest_magnitude,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,139 @@
+"""The native format as a quantization method of transformers: its config, and the quantizer that swaps modules on load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantplan.errors import fail
+from quantplan.nn.linear import QuantLinear
+from quantplan.scheme import SCHEMES, SchemeConfig
+
+VERSION = 1
+ASK_TO_UPGRADE = "use the quantplan that wrote it, or a later one"
+
+
+@dataclass(frozen=True)
+class Treatments:
+    """How each stored matrix is quantized, by its name in the checkpoint: weights, activations. Immutable, so that copies
+    share it: transformers copies what converts weights once for every tensor."""
+
+    by_name: Mapping[str, tuple[SchemeConfig, SchemeConfig | None]]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Treatments:
+        return self
+
+
+class QuantplanConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a native checkpoint. Raises QP222 for one of a later version."""
+
+    def __init__(self, groups: list[dict[str, Any]] | None = None, version: int = VERSION, **others: Any) -> None:
+        unknown = others.keys() - {"quant_method"}
+        if version != VERSION or unknown:
+            what = f"has the unknown key '{min(unknown)}'" if unknown else f"is of version {version}"
+            raise fail("QP222", f"the quantization_config {what}", ASK_TO_UPGRADE)
+        self.quant_method = "quantplan"
+        self.version = version
+        self.groups = groups or []
+
+    def treatments(self) -> Treatments:
+        """Every stored matrix with its schemes. Raises QP107 for an unknown scheme, QP222 for unknown options."""
+        found = {}
+        for group in self.groups:
+            schemes = _scheme(group["wq"]), _scheme(group["aq"]) if group.get("aq") else None
+            found.update(dict.fromkeys(group["modules"], schemes))
+        return Treatments(found)
+
+    def without(self, names: set[str]) -> list[dict[str, Any]]:
+        """The groups less some matrices."""
+        left = [{**g, "modules": [n for n in g["modules"] if n not in names]} for g in self.groups]
+        return [group for group in left if group["modules"]]
+
+
+def _scheme(options: Mapping[str, Any]) -> SchemeConfig:
+    member = SCHEMES.get(options.get("scheme", ""))
+    try:
+        return member(**{name: value for name, value in options.items() if name != "scheme"})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"{member.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise fail("QP222", f"the quantization_config has an option this quantplan cannot read ({what})", ASK_TO_UPGRADE) from None
+
+
+class QuantplanQuantizer(HfQuantizer):
+    """Loads native checkpoints: linears become `QuantLinear` and stay packed, whatever transformers rearranges while loading
+    (fused experts first of all) is dequantized on the way."""
+
+    requires_calibration = False
+    quantization_config: QuantplanConfig
+
+    def __init__(self, quantization_config: QuantplanConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self._treatments = quantization_config.treatments()
+        self._dense: set[str] = set()  # stored matrices that are dequantized while they are loaded
+
+    def validate_environment(self, *arguments: Any, **options: Any) -> None:
+        if not self.pre_quantized:
+            advice = "quantize it with quantplan.apply, or in memory with quantplan.quantize"
+            raise fail("QP222", "the checkpoint is not quantized, and quantplan does not quantize while loading", advice)
+
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
+        """Replaces modules, in place; `model` is on the meta device."""
+        from quantplan.hf.places import find_places
+
+        self._dense = set(self._treatments.by_name)
+        for stored, module_name in find_places(model, self._treatments.by_name).packed.items():
+            wq, aq = self._treatments.by_name[stored]
+            linear = model.get_submodule(module_name)
+            made = QuantLinear(
+                linear.in_features,
+                linear.out_features,
+                wq,
+                aq,
+                linear.bias is not None,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+            model.set_submodule(module_name, made)
+            self._dense.discard(stored)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """The model's conversions, with those that stored matrices pass through made to decode them first."""
+        from quantplan.hf.convert import decoding_conversions
+
+        dense = {name: self._treatments.by_name[name] for name in self._dense}
+        return decoding_conversions(weight_conversions, model, Treatments(dense)) if dense else weight_conversions
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What is stored for a quantized matrix is loaded as it is; other tensors follow the model's dtype."""
+        from quantplan.hf.convert import is_stored_part
+
+        return None if any(map(is_stored_part, converter.source_patterns)) else super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+        # saved again, these are dense
+        self.quantization_config.groups = self.quantization_config.without(self._dense)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """In place: every `QuantLinear` becomes an `nn.Linear`."""
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                linear: nn.Linear = module.to_linear()
+                model.set_submodule(name, linear.to(dtype) if dtype is not None else linear)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False

@@ -1,0 +1,44 @@
+"""Running a function once another package's module has been imported, without importing it.
+
+transformers has no entry points for quantization methods, so quantplan's must be registered in it; and whoever only checks a
+plan must not wait for transformers to be imported. Hence: now, if the module is there, else right after its first import.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from typing import Any
+
+
+class _Watch(MetaPathFinder):
+    """Finds nothing itself: hands on what the other finders say of one module, with a call added after its code has run."""
+
+    def __init__(self, module: str, then: Callable[[], None]) -> None:
+        self._module, self._then, self._searching = module, then, False
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != self._module or self._searching:
+            return None
+        self._searching = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._searching = False
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_call(module: Any) -> None:
+                execute(module)
+                self._then()
+
+            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec
+
+
+def after_import(module: str, then: Callable[[], None]) -> None:
+    """Calls `then` when `module` is imported: at once if it has been. Called again when the module is reloaded."""
+    sys.meta_path.insert(0, _Watch(module, then))
+    if module in sys.modules:
+        then()

@@ -1,0 +1,142 @@
+"""`quantize`: a plan carried out on a model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantplan.assignment import Assignment
+from quantplan.checkpoint.reader import TORCH_DTYPES
+from quantplan.errors import fail
+from quantplan.format import FORMATS
+from quantplan.headers import Checkpoint, TensorInfo
+from quantplan.models.keep import KeepRule
+from quantplan.models.modules import Matrix, Module, find_modules, scale_group
+from quantplan.nn.linear import QuantLinear
+from quantplan.plan.load import load_plan
+from quantplan.plan.resolve import resolve
+from quantplan.tensor import QuantizedTensor
+
+NOT_A_LINEAR = KeepRule("not an nn.Linear", (), "in memory only nn.Linear itself and fused experts are quantized")
+_STORED_DTYPES = {getattr(torch, kind): name for name, kind in TORCH_DTYPES.items()}
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any]) -> nn.Module:
+    """`model`, changed in place as `plan` says: each `nn.Linear` that the plan quantizes becomes a `QuantLinear`.
+
+    Patterns match the names of `model.named_modules()`, and the built-in keep rules apply. What a format or an engine can
+    hold does not matter here. Fused experts (3-D parameters) are rounded to their grid and stay dense. Hooks on replaced
+    layers are lost. A transformers model then saves with `save_pretrained` as a native checkpoint.
+
+    Raises QuantplanError: a bad plan, with every problem at once; NaN or infinity in a weight (QP601).
+    """
+    checkpoint = _inventory(model)
+    resolution = resolve(load_plan(plan), checkpoint, _live_modules(model, checkpoint)).require()
+    _check_assignments(model, resolution.quantized)
+    largest = _largest_magnitudes(model, resolution.quantized)
+    holders = _holders(model)
+    for assignment in resolution.quantized:
+        if assignment.module.kind == "experts":
+            for matrix in assignment.matrices:
+                rounded = _solve(model, assignment, matrix, largest)
+                _view(model, matrix).copy_(rounded.scheme.quantizer().dequantize(rounded))
+            continue
+        linear = model.get_submodule(assignment.name)
+        assert isinstance(linear, nn.Linear)
+        solved = _solve(model, assignment, assignment.matrices[0], largest)
+        made = QuantLinear.from_quantized(solved, linear.bias, assignment.aq, dtype=linear.weight.dtype)
+        for parent, name in holders[id(linear)]:
+            setattr(parent, name, made.train(linear.training))
+    if hasattr(model, "save_pretrained"):
+        packed = [a for a in resolution.quantized if a.module.kind != "experts"]
+        model.config.quantization_config = dict(FORMATS.get("quantplan")().config(packed))
+    return model
+
+
+def _inventory(model: nn.Module) -> Checkpoint:
+    """The model's parameters as a checkpoint would list them."""
+    config = getattr(model, "config", None)
+    described = config.to_dict() if hasattr(config, "to_dict") else {}
+    tensors = {
+        name: TensorInfo(name, _STORED_DTYPES.get(parameter.dtype, "U8"), tuple(parameter.shape))
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return Checkpoint(type(model).__name__, None, described, tensors)
+
+
+def _live_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Module]:
+    """The modules of a checkpoint, corrected by what a model in memory tells: types, and which weights are shared."""
+    seen: dict[int, str] = {}  # module -> the first of its names, the one patterns match
+    embedded = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    found = {}
+    for name, module in find_modules(checkpoint).items():
+        if module.kind == "experts":
+            found[name] = module
+            continue
+        layer = model.get_submodule(name)
+        if seen.setdefault(id(layer), name) != name:
+            continue
+        if type(layer) is not nn.Linear:
+            found[name] = replace(module, kind="other", matrices=(), keep=NOT_A_LINEAR)
+            continue
+        found[name] = replace(module, kind="linear", tied_to=embedded.get(id(layer.weight), ""))
+    return found
+
+
+def _check_assignments(model: nn.Module, assignments: Iterable[Assignment]) -> None:
+    """What would stop the work half-way is found before it begins."""
+    for assignment in assignments:
+        if model.get_parameter(assignment.module.tensor.name).is_meta:
+            raise fail("QP222", "the model has no weights: it is on the meta device", "load its weights first")
+        if assignment.module.kind == "experts" and assignment.aq is not None:
+            text = f"activations of fused experts cannot be quantized in memory: {assignment.name}"
+            raise fail("QP222", text, "give them aq: null in an override")
+
+
+def _largest_magnitudes(model: nn.Module, assignments: Iterable[Assignment]) -> dict[str, Tensor]:
+    """The largest magnitude of the matrices that share a tensor scale, for schemes that have one. Raises QP601."""
+    found: dict[str, Tensor] = {}
+    for assignment in assignments:
+        for matrix in assignment.matrices:
+            largest = _view(model, matrix).abs().amax().float()
+            if not torch.isfinite(largest):
+                advice = "mend the weight, or keep the module: keep: true"
+                raise fail("QP601", "NaN or infinity in the weight", advice, tensor=matrix.name)
+            if assignment.wq is not None and assignment.wq.needs_absmax:
+                key = scale_group(matrix.name)
+                found[key] = torch.maximum(found[key], largest) if key in found else largest
+    return found
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Module -> every parent that holds it, and the name it has there."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            found.setdefault(id(child), []).append((parent, name))
+    return found
+
+
+def _view(model: nn.Module, matrix: Matrix) -> Tensor:
+    """A matrix of the model, sharing its memory."""
+    parameter = model.get_parameter(matrix.tensor).detach()
+    if matrix.index is None:
+        return parameter
+    slab = parameter[matrix.index].t() if matrix.transposed else parameter[matrix.index]
+    return slab[matrix.first : matrix.first + matrix.rows]
+
+
+def _solve(
+    model: nn.Module, assignment: Assignment, matrix: Matrix, largest: Mapping[str, Tensor]
+) -> QuantizedTensor:
+    wq = assignment.wq
+    assert wq is not None
+    absmax = largest[scale_group(matrix.name)] if wq.needs_absmax else None
+    weight = _view(model, matrix).float().contiguous()
+    return assignment.algorithm.solve(weight, wq.quantizer(matrix.name), absmax)
