@@ -6,6 +6,9 @@ Names are imported when they are first used, so that checking a plan never impor
 from importlib import import_module
 from typing import Any
 
+from quantplan.hf import register
+from quantplan.import_hook import after_import
+
 __version__ = "0.1.0"
 
 # public name -> module; tested to be complete, sorted and importable
@@ -23,11 +26,14 @@ _NAMES = {
     "INT8Config": "quantplan.schemes.integer",
     "INT8Quantizer": "quantplan.schemes.integer",
     "Problem": "quantplan.errors",
-    "QuantplanError": "quantplan.errors",
+    "QuantLinear": "quantplan.nn.linear",
     "QuantizedTensor": "quantplan.tensor",
+    "QuantplanError": "quantplan.errors",
     "apply": "quantplan.engine.apply",
     "create_quantizer_from_scheme": "quantplan.faces",
+    "load": "quantplan.hf.load",
     "load_plan": "quantplan.plan.load",
+    "quantize": "quantplan.nn.quantize",
     "read_checkpoint": "quantplan.headers",
     "resolve": "quantplan.plan.resolve",
 }
@@ -43,3 +49,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*globals(), *__all__]
+
+
+after_import("transformers.quantizers.auto", register)

@@ -25,8 +25,8 @@ def read_hub_headers(repo: str, revision: str | None = None) -> Checkpoint:
         config = read_config(Path(hf_hub_download(repo, "config.json", revision=commit)).parent)
     except NotASafetensorsRepoError:
         raise fail("QP202", "the repository has no safetensors weights", "quantplan reads nothing else", file=repo) from None
-    except SafetensorsParsingError as error:
-        raise fail("QP201", _first_line(error), file=repo) from None
+    except (SafetensorsParsingError, AttributeError, KeyError, TypeError) as error:  # the library's parser trusts the types
+        raise fail("QP201", f"a header or the index is malformed: {_first_line(error)}", file=repo) from None
     except QuantplanError:
         raise
     except Exception as error:  # httpx, huggingface_hub and OS errors share no base class
@@ -37,8 +37,8 @@ def read_hub_headers(repo: str, revision: str | None = None) -> Checkpoint:
             if name in tensors:
                 raise fail("QP207", f"tensor also stored in {printable(tensors[name].file)}", file=file, tensor=name)
             entry = {"dtype": info.dtype, "shape": info.shape, "data_offsets": list(info.data_offsets)}
-            start, end = info.data_offsets
-            tensors[name] = replace(tensor_entry(name, entry, f"{repo}/{file}"), file=file, start=start, end=end)
+            checked = tensor_entry(name, entry, f"{repo}/{file}")
+            tensors[name] = replace(checked, file=file, start=info.data_offsets[0], end=info.data_offsets[1])
     return Checkpoint(repo, None, config, tensors, revision=commit)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ VERSION = 1
 ASK_TO_UPGRADE = "use the quantplan that wrote it, or a later one"
 
 
-@dataclass(frozen=True)
-class Treatments:
-    """How each stored matrix is quantized, by its name in the checkpoint: weights, activations. Immutable, so that copies
-    share it: transformers copies what converts weights once for every tensor."""
+Treatment = tuple[SchemeConfig, SchemeConfig | None]
 
-    by_name: Mapping[str, tuple[SchemeConfig, SchemeConfig | None]]
+
+class Treatments(dict[str, Treatment]):
+    """How each stored matrix is quantized, by its name in the checkpoint: weights, activations. Never changed, and shared by
+    copies: transformers copies what converts weights once for every tensor."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Treatments:
         return self
@@ -45,11 +44,11 @@ class QuantplanConfig(QuantizationConfigMixin):
 
     def treatments(self) -> Treatments:
         """Every stored matrix with its schemes. Raises QP107 for an unknown scheme, QP222 for unknown options."""
-        found = {}
+        found = Treatments()
         for group in self.groups:
             schemes = _scheme(group["wq"]), _scheme(group["aq"]) if group.get("aq") else None
             found.update(dict.fromkeys(group["modules"], schemes))
-        return Treatments(found)
+        return found
 
     def without(self, names: set[str]) -> list[dict[str, Any]]:
         """The groups less some matrices."""
@@ -86,11 +85,11 @@ class QuantplanQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
         """Replaces modules, in place; `model` is on the meta device."""
-        from quantplan.hf.places import find_places
+        from quantplan.hf.convert import find_places
 
-        self._dense = set(self._treatments.by_name)
-        for stored, module_name in find_places(model, self._treatments.by_name).packed.items():
-            wq, aq = self._treatments.by_name[stored]
+        self._dense = set(self._treatments)
+        for stored, module_name in find_places(model, self._treatments).items():
+            wq, aq = self._treatments[stored]
             linear = model.get_submodule(module_name)
             made = QuantLinear(
                 linear.in_features,
@@ -109,14 +108,16 @@ class QuantplanQuantizer(HfQuantizer):
         """The model's conversions, with those that stored matrices pass through made to decode them first."""
         from quantplan.hf.convert import decoding_conversions
 
-        dense = {name: self._treatments.by_name[name] for name in self._dense}
-        return decoding_conversions(weight_conversions, model, Treatments(dense)) if dense else weight_conversions
+        dense = Treatments((name, self._treatments[name]) for name in self._dense)
+        return decoding_conversions(weight_conversions, model, dense) if dense else weight_conversions
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """What is stored for a quantized matrix is loaded as it is; other tensors follow the model's dtype."""
-        from quantplan.hf.convert import is_stored_part
+        from quantplan.hf.convert import StoredMatrices
 
-        return None if any(map(is_stored_part, converter.source_patterns)) else super().get_new_dtype(converter, param, dtype)
+        module, _, part = converter.source_patterns[0].rpartition(".")
+        as_it_is = isinstance(converter, StoredMatrices) or (module in self._treatments and part not in ("weight", "bias"))
+        return None if as_it_is else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
         # saved again, these are dense

@@ -10,63 +10,30 @@ with the scalars of the YAML 1.2 core schema: `no`, `on` and `12:30` are strings
 and each has been a way to make a small file explode. Keys are strings in both.
 """
 
-import json
-import math
 import os
 import re
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from json.decoder import scanstring  # type: ignore[attr-defined]  # the stubs lack it
 from typing import Any
 
 from quantplan.errors import Path, Place, Problem, QuantplanError, fail, printable
-
-Mark = tuple[int, int, int]  # line, column, width; line and column count from 1
-Event = tuple[str, int, int, object]  # kind, start, end, value
+from quantplan.plan.json_events import json_events
+from quantplan.plan.text import MAX_DEPTH, MAX_NODES, Event, Mark, Text
+from quantplan.plan.yaml_events import yaml_events
 
 MAX_MIB = {"YAML": 8, "JSON": 64}
-MAX_DEPTH, MAX_NODES, MAX_DIGITS = 64, 1_000_000, 30
-MAX_LINES = 2 * MAX_NODES  # every value and every closing bracket in a line of its own
 
 # what may not stand in a file at all: it is then not text, or not text that every reader takes alike
 NOT_TEXT = {
     "JSON": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]"),
     "YAML": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufffe\uffff]"),
 }
-BREAK = re.compile(r"\r\n|\n|\r")
-SPACE = re.compile(r"[ \t\n\r]*")
 SURROGATE = re.compile("[\ud800-\udfff]")
-WORD = re.compile(r"-?[A-Za-z]+")
-MARKER = re.compile(r"[^\s,\[\]{}]*")
-JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
-# the YAML 1.2 core schema, section 10.3.2
-INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
-NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
-JSON_WORDS = {"null": None, "true": True, "false": False}
-CORE_WORDS = {f(w): v for w, v in JSON_WORDS.items() for f in (str, str.title, str.upper)} | {"": None, "~": None}
 
 NO_FILE: dict[type, str] = {
     FileNotFoundError: "plan file not found",
     IsADirectoryError: "plan file is a directory",
     PermissionError: "no permission to read the plan file",
-}
-YAML_HELP = {  # a part of libyaml's message -> what to do
-    "alias": "put a pattern that starts with '*' in quotes",
-    "mapping values are not allowed": "put text that holds ': ' in quotes, and check the indentation",
-    "cannot start any token": "put text that starts with a special character in quotes",
-    "scanning a quoted": "close the quotes",
-    "parsing a quoted": "check the escape; single quotes know none",
-    "flow": "check the commas and the closing bracket",
-}
-JSON_HELP = {  # the character found -> what to do
-    "": "close what is still open",
-    "]": "remove the comma before it",
-    "}": "remove the comma before it",
-    "'": "JSON strings stand in double quotes",
-    "/": "JSON has no comments; a plan with comments is a .yaml file",
-    "#": "JSON has no comments; a plan with comments is a .yaml file",
 }
 
 
@@ -103,11 +70,11 @@ def read_source(file: str | os.PathLike[str], data: bytes | None = None) -> tupl
         data = _read(name, limit + 1)
     if len(data) > limit:
         raise fail("QP103", f"{kind} plan is larger than {MAX_MIB[kind]} MiB", "use fewer, wider patterns", file=name)
-    text = _Text(name, _decode(name, data))
+    text = Text(name, _decode(name, data))
     if bad := NOT_TEXT[kind].search(text.body):
         message = f"control character U+{ord(bad[0]):04X} in the file"
         raise text.error("QP101", message, bad.start(), help="save the plan as UTF-8 text")
-    events = _json_events(text) if kind == "JSON" else _yaml_events(text)
+    events = json_events(text) if kind == "JSON" else yaml_events(text)
     value, root = _build(text, _guarded(text, events))
     return value, Source(name, text.lines, _Marks(text, root, of_keys=True), _Marks(text, root, of_keys=False))
 
@@ -131,36 +98,11 @@ def _decode(name: str, data: bytes) -> str:
         return data.decode().lstrip("\ufeff")
     except UnicodeDecodeError as error:
         start = error.start
-        text = _Text(name, data.decode(errors="replace").lstrip("\ufeff"))
+        text = Text(name, data.decode(errors="replace").lstrip("\ufeff"))
         place = text.place(len(data[:start].decode().lstrip("\ufeff")))
         found = f"byte {start} (0x{data[start]:02x}) is not UTF-8"
         problem = Problem("QP101", found, "save the plan as UTF-8", place=Place(**vars(place) | {"byte": start}))
         raise QuantplanError(problem) from error
-
-
-class _Text:
-    """The text of a file and the way from offsets in it to lines and columns."""
-
-    def __init__(self, file: str, body: str) -> None:
-        if max(body.count("\n"), body.count("\r")) > MAX_LINES:
-            raise fail("QP103", f"more than {MAX_LINES:,} lines", "use fewer, wider patterns", file=file)
-        self.file, self.body = file, body
-        self.lines = tuple(BREAK.split(body))
-        self.starts = [0, *(m.end() for m in BREAK.finditer(body))]
-
-    def mark(self, start: int, end: int = 0) -> Mark:
-        """The mark of `body[start:end]`, at most to the end of its first line."""
-        line = bisect_right(self.starts, start)
-        column = start - self.starts[line - 1]
-        return line, column + 1, max(1, min(end - start, len(self.lines[line - 1].rstrip()) - column))
-
-    def place(self, start: int, end: int = 0) -> Place:
-        """Like `mark`; the end of the file is the end of its last word, where the caret can be seen."""
-        line, column, width = self.mark(min(start, len(self.body.rstrip())), end)
-        return Place(self.file, line, column, width, self.lines[line - 1])
-
-    def error(self, code: str, message: str, start: int, end: int = 0, help: str = "") -> QuantplanError:
-        return QuantplanError(Problem(code, message, help, place=self.place(start, end)))
 
 
 @dataclass(slots=True)
@@ -177,7 +119,7 @@ class _Node:
 class _Marks(Mapping[Path, Mark]):
     """The marks of all keys or of all values. Worked out when asked for: a million paths are not small."""
 
-    def __init__(self, text: _Text, root: _Node, of_keys: bool) -> None:
+    def __init__(self, text: Text, root: _Node, of_keys: bool) -> None:
         self._text, self._root, self._of_keys = text, root, of_keys
 
     def __getitem__(self, path: Path) -> Mark:
@@ -209,7 +151,7 @@ class _Marks(Mapping[Path, Mark]):
         return sum(1 for _ in self)
 
 
-def _guarded(text: _Text, events: Iterable[Event]) -> Iterator[Event]:
+def _guarded(text: Text, events: Iterable[Event]) -> Iterator[Event]:
     """The same events, as long as they stay within the limits."""
     count = depth = 0
     for event in events:
@@ -226,7 +168,7 @@ def _guarded(text: _Text, events: Iterable[Event]) -> Iterator[Event]:
         yield event
 
 
-def _build(text: _Text, events: Iterable[Event]) -> tuple[object, _Node]:
+def _build(text: Text, events: Iterable[Event]) -> tuple[object, _Node]:
     """The data that the events describe, and the offsets of all its parts."""
     top, nothing = _Node(0, 0, 0, 0, {}), dict[str | int, _Node]()
     holders: list[Any] = [[]]  # the collections open now, the innermost last; the first one is there to hold the whole
@@ -266,151 +208,3 @@ def _build(text: _Text, events: Iterable[Event]) -> tuple[object, _Node]:
     if not top.children:
         raise text.error("QP101", "plan file is empty", 0, help="write at least a version and a default")
     return holders[0][0], top.children[0]
-
-
-def _number(text: _Text, literal: str, start: int, end: int) -> int | float:
-    """The number that a literal of the core schema, of which JSON's are a part, stands for."""
-    if INT.fullmatch(literal):
-        if len(literal.lstrip("+-").removeprefix("0x").removeprefix("0o")) > MAX_DIGITS:
-            message = f"integer has more than {MAX_DIGITS} digits"
-            raise text.error("QP103", message, start, end, "write a smaller number")
-        return int(literal, {"0x": 16, "0o": 8}.get(literal[:2], 10))
-    number = float(literal)
-    if not math.isfinite(number):
-        raise text.error("QP101", "number is too large for a float", start, end, "write a smaller number")
-    return number
-
-
-def _json_events(text: _Text) -> Iterator[Event]:
-    """The events of a JSON file."""
-    body, closers, state, at = text.body, "", "value", 0  # states: value, first item, key, first key, after
-    while True:
-        at = SPACE.match(body, at).end()  # type: ignore[union-attr]
-        char, closer = body[at : at + 1], closers[-1:]
-        if state == "after" and not closer:
-            if char:
-                raise text.error("QP101", "more text after the end of the JSON value", at, help="keep one value")
-            return
-        if not (char or closer):
-            return
-        if char and char == closer and state in ("first item", "first key", "after"):
-            at, closers, state = at + 1, closers[:-1], "after"
-            yield "end", at - 1, at, None
-        elif state == "after":
-            if char != ",":
-                raise _unexpected(text, at, f"',' or '{closer}'")
-            at, state = at + 1, "key" if closer == "}" else "value"
-        elif state.endswith("key"):
-            if char != '"':
-                raise _unexpected(text, at, "a key in double quotes")
-            key, end = _json_string(text, at)
-            yield "scalar", at, end, key
-            at = SPACE.match(body, end).end()  # type: ignore[union-attr]
-            if body[at : at + 1] != ":":
-                raise _unexpected(text, at, "':'")
-            at, state = at + 1, "value"
-        elif char in ("{", "["):
-            yield char, at, at + 1, None
-            at, closers, state = at + 1, closers + "}]"[char == "["], "first key" if char == "{" else "first item"
-        else:
-            value, end = _json_scalar(text, at, char)
-            yield "scalar", at, end, value
-            at, state = end, "after"
-
-
-def _json_string(text: _Text, at: int) -> tuple[str, int]:
-    try:
-        found: tuple[str, int] = scanstring(text.body, at + 1, True)
-        return found
-    except json.JSONDecodeError as error:
-        message = error.msg.lower().removesuffix(" at").removesuffix(" starting")
-        help = "close the string, or write the character as an escape"
-        raise text.error("QP101", message, error.pos, help=help) from error
-
-
-def _json_scalar(text: _Text, at: int, char: str) -> tuple[object, int]:
-    if char == '"':
-        return _json_string(text, at)
-    if number := JSON_NUMBER.match(text.body, at):
-        return _number(text, number[0], at, number.end()), number.end()
-    word = WORD.match(text.body, at)
-    if not word:
-        raise _unexpected(text, at, "a value")
-    if word[0] not in JSON_WORDS:
-        help = "JSON knows null, true, false, finite numbers and strings in double quotes"
-        raise text.error("QP101", f"'{printable(word[0], 40)}' is not a JSON value", at, word.end(), help)
-    return JSON_WORDS[word[0]], word.end()
-
-
-def _unexpected(text: _Text, at: int, expected: str) -> QuantplanError:
-    char = text.body[at : at + 1]
-    found = f"'{printable(char)}'" if char else "the end of the file"
-    help = JSON_HELP.get(char, f"write {expected} here")
-    return text.error("QP101", f"expected {expected}, found {found}", at, help=help)
-
-
-def _yaml_events(text: _Text) -> Iterator[Event]:
-    """The events of a YAML file that holds one document."""
-    import yaml
-
-    kinds: dict[type, str] = {yaml.MappingStartEvent: "{", yaml.SequenceStartEvent: "[", yaml.ScalarEvent: "scalar"}
-    kinds |= {yaml.MappingEndEvent: "end", yaml.SequenceEndEvent: "end"}
-    documents = 0
-    try:
-        event: Any
-        for event in yaml.parse(text.body, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            start, end = event.start_mark.index, event.end_mark.index
-            kind = kinds.get(type(event))
-            if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
-                raise _refused(text, start)
-            if kind == "scalar":
-                value = _core_value(text, event.value, start, end) if event.implicit[0] else event.value
-                yield kind, start, end, value
-            elif kind:
-                yield kind, start, end, None
-            elif isinstance(event, yaml.DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    raise text.error("QP101", "second document in the file", start, end, "keep one plan in a file")
-    except yaml.MarkedYAMLError as error:
-        raise _malformed(text, error) from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: "\\UFFFFFFFF" without libyaml
-        raise fail("QP101", "malformed YAML", "check the escapes in double quotes", file=text.file) from error
-
-
-def _refused(text: _Text, start: int) -> QuantplanError:
-    """The problem of an anchor, an alias or a tag."""
-    marker = printable(MARKER.match(text.body, start)[0], 60)  # type: ignore[index]
-    name = {"&": "anchor", "*": "alias"}.get(marker[:1], "tag")
-    help = YAML_HELP["alias"] if name == "alias" else f"remove the {name}"
-    return text.error("QP101", f"{name} '{marker}' in the plan", start, start + len(marker), help)
-
-
-def _core_value(text: _Text, plain: str, start: int, end: int) -> object:
-    """What a scalar without quotes stands for."""
-    if plain in CORE_WORDS:
-        return CORE_WORDS[plain]
-    if plain[0] in "+-.0123456789":
-        if INT.fullmatch(plain) or FLOAT.fullmatch(plain):
-            return _number(text, plain, start, end)
-        if NOT_FINITE.fullmatch(plain):
-            raise text.error("QP101", f"'{plain}' is not a finite number", start, end, "write a finite number")
-    if plain == "<<":
-        raise text.error("QP101", "merge key '<<' in the plan", start, end, "write the keys out")
-    return plain
-
-
-def _malformed(text: _Text, error: Any) -> QuantplanError:
-    """The problem that a `yaml.MarkedYAMLError` tells of."""
-    where: Any = error.problem_mark or error.context_mark
-    opened: Any = error.context_mark or where
-    start, context = where.index, error.context or ""
-    if context == "while scanning an alias":
-        return text.error("QP101", "'*' begins an alias", opened.index, start, YAML_HELP["alias"])
-    if text.body[start : start + 1] == "\t":
-        return text.error("QP101", "tab in the indentation", start, help="indent with spaces")
-    message, line = f"{error.problem} {context}".strip(), text.mark(opened.index)[0]
-    if line != text.place(start).line:
-        message += f" that starts in line {line}"
-    help = next((h for part, h in YAML_HELP.items() if part in message), "check the indentation and the quotes")
-    return text.error("QP101", printable(message), start, help=help)

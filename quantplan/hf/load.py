@@ -1,0 +1,103 @@
+"""`load`: an output opened as a transformers model, whatever its format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine.verify import read_record
+from quantplan.errors import fail
+from quantplan.format import FORMATS
+from quantplan.headers import read_checkpoint, read_config
+from quantplan.hf.plugin import QuantplanConfig
+from quantplan.models.modules import EXPERT_PARTS, Matrix
+from quantplan.scheme import SchemeConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def load(out: str | os.PathLike[str], **options: Any) -> Any:
+    """The model in the directory `out`, of the class its config names, by transformers' `from_pretrained(out, **options)`.
+
+    Quantized linears are `QuantLinear`, packed, with activations quantized as the plan says, from native and
+    compressed-tensors outputs alike: the latter are decoded here, not by the compressed-tensors package, so that every
+    scheme, mixture and dtype opens, exactly. Fused experts are dense. An unquantized checkpoint opens as it is.
+
+    Raises QP220 for a compressed-tensors checkpoint that quantplan did not write, QP221 when stored tensors are missing,
+    QP222 for another quantization method, or where transformers cannot compute with what is stored.
+    """
+    folder = Path(out)
+    config = read_config(folder / "config.json")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method == "compressed-tensors":
+        options = {**options, **_as_native(folder, options)}
+    elif method not in ("quantplan", None):
+        raise fail("QP222", f"quantized by '{method}'", "open it with transformers' from_pretrained", file=str(folder))
+    model, found = _model_class(config).from_pretrained(folder, output_loading_info=True, **options)
+    lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith("weight_"))
+    if lost:
+        raise fail("QP221", "tensor is missing", "copy the checkpoint again", file=str(folder), tensor=lost[0])
+    return model
+
+
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """transformers' class for the first architecture a config names; the causal language model's where it knows none."""
+    import transformers
+
+    named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    return transformers.AutoModelForCausalLM if named is None or "auto_map" in config else named
+
+
+def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A compressed-tensors output as arguments of `from_pretrained`: a config and a state dict in the native format."""
+    import transformers
+
+    record, written = read_record(folder), read_checkpoint(folder)
+    output, native = FORMATS.get("compressed-tensors")(), FORMATS.get("quantplan")()
+    groups, state, used = [], {}, set()
+    with TensorReader(folder, written.tensors) as reader:
+        for treatment in record["treatments"]:
+            names = [n for module in treatment["modules"] for n in _matrix_names(module, written.tensors)]
+            group = {"wq": treatment["wq"], "aq": treatment["aq"], "modules": names}
+            schemes = QuantplanConfig([group]).treatments()
+            for name in names:
+                wq, aq = schemes[name]
+                matrix = _matrix(name, wq, reader)
+                used |= output.layout(matrix, wq, aq).keys()
+                state |= native.encode(matrix, output.decode(matrix, wq, aq, reader.read), aq)
+            groups.append(group)
+        state |= {name: reader.read(name) for name in written.tensors if name not in used}
+    remote = {key: options[key] for key in ("trust_remote_code",) if key in options}
+    config = options.get("config") or transformers.AutoConfig.from_pretrained(folder, **remote)
+    config.quantization_config = QuantplanConfig(groups).to_dict()
+    return {"config": config, "state_dict": state}
+
+
+def _matrix_names(module: str, tensors: Mapping[str, Any]) -> Iterator[str]:
+    """The stored matrices of a module: itself, or those that fused experts were split into."""
+    parent, _, part = module.rpartition(".")
+    if f"{module}.weight_scale" in tensors or part not in EXPERT_PARTS:
+        yield module
+        return
+    for index in count():
+        names = [f"{parent}.{index}.{sub}" for sub in EXPERT_PARTS[part]]
+        if f"{names[0]}.weight_scale" not in tensors:
+            return
+        yield from names
+
+
+def _matrix(name: str, wq: SchemeConfig, reader: TensorReader) -> Matrix:
+    """A stored matrix with its size: said beside packed integers, else seen from the codes' shape."""
+    if f"{name}.weight_shape" in reader.tensors:
+        rows, columns = reader.read(f"{name}.weight_shape").tolist()
+    elif f"{name}.weight" in reader.tensors:
+        rows, columns = reader.tensors[f"{name}.weight"].shape
+    else:
+        rows, width = reader.tensors[f"{name}.weight_packed"].shape
+        columns = width * 8 // wq.bits
+    return Matrix(name, "", rows, columns)
