@@ -24,6 +24,7 @@ class Format(ABC):
 
     name: ClassVar[str]
     engines: ClassVar[tuple[str, ...]] = ()  # what it is for, where a plan names no engines
+    own_reader: ClassVar[bool] = False  # quantplan's code opens it in engines: their own limits do not apply
 
     @abstractmethod
     def refuse(self, assignment: Assignment) -> str | None:

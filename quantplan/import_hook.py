@@ -38,7 +38,7 @@ class _Watch(MetaPathFinder):
 
 
 def after_import(module: str, then: Callable[[], None]) -> None:
-    """Calls `then` when `module` is imported: at once if it has been. Called again when the module is reloaded."""
+    """Calls `then` after `module` has been imported: at once if it has been."""
     sys.meta_path.insert(0, _Watch(module, then))
     if module in sys.modules:
         then()

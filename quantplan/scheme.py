@@ -52,7 +52,7 @@ class SchemeConfig(BaseModel, ABC):
     """columns that share one scale"""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """to nearest with ties to even, or up with probability equal to the remainder"""
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = 0
     """seed of stochastic rounding"""
     dtype: DType | None = Field(default=None, exclude=True)
     """dtype of dequantized values when the quantizer is used by hand; the input's by default"""
@@ -164,7 +164,8 @@ class Quantizer(ABC):
         if self.config.rounding == "stochastic" and self._generator is None:
             import torch
 
-            self._generator = torch.Generator().manual_seed(self.config.seed * 2**32 + zlib.crc32(self._stream.encode()))
+            # torch's generator takes 32 bits of its seed and drops the rest
+            self._generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {self._stream}".encode()))
         return self._generator
 
     def groups(self, x: Tensor) -> Tensor:

@@ -534,6 +534,8 @@ class Hub:
         status, data, headers = self.status, b"", {}
         if status != 200:
             pass
+        elif path.startswith("/api/models/org/name/tree/"):
+            data = json.dumps([{"type": "file", "path": n, "size": len(d), "oid": n} for n, d in self.files.items()]).encode()
         elif path.startswith("/api/models/org/name"):
             siblings = [{"rfilename": name} for name in self.files]
             data = json.dumps({"id": "org/name", "sha": self.commit, "siblings": siblings, "private": False}).encode()

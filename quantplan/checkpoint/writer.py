@@ -94,8 +94,7 @@ class CheckpointWriter:
             raise fail(
                 "QP501", f"another run is writing this output{by}", "wait for it, or choose another output", file=str(self.out)
             )
-        self._lock.callback(os.close, descriptor)
-        self._lock.callback(path.unlink, missing_ok=True)  # before it is released: `_lock` notices
+        self._lock.callback(_unlock, path, descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
@@ -109,6 +108,8 @@ class CheckpointWriter:
         self.already_published = finished == json_bytes(self.fingerprint) and not self.restart
         if self.already_published:
             return
+        with contextlib.suppress(OSError):
+            self.staging.rmdir()  # killed when nothing else was left of it
         self._check_out("exists")
         if run.exists():
             self._check_fingerprint(run)
@@ -304,6 +305,12 @@ def _lock(path: Path) -> tuple[int | None, str]:
         except FileNotFoundError:
             pass
         os.close(descriptor)  # its last holder has removed it since: the next one is at `path`
+
+
+def _unlock(path: Path, descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()  # before it is released; `_lock` notices
+    os.close(descriptor)
 
 
 def _digest(folder: Path, names: Iterable[str]) -> str:

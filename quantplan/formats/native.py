@@ -30,6 +30,7 @@ class Native(Format):
     """quantplan's own checkpoints."""
 
     engines: ClassVar[tuple[str, ...]] = ("transformers",)
+    own_reader: ClassVar[bool] = True
 
     def refuse(self, assignment: Assignment) -> str | None:
         assert assignment.wq is not None

@@ -3,17 +3,9 @@
 This file imports neither torch nor transformers.
 """
 
+from importlib import import_module
+
 
 def register() -> None:
-    """Makes `quant_method: quantplan` known to transformers. Does nothing the second time."""
-    from transformers.quantizers.auto import (
-        AUTO_QUANTIZATION_CONFIG_MAPPING,
-        register_quantization_config,
-        register_quantizer,
-    )
-
-    if "quantplan" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        from quantplan.hf.plugin import QuantplanConfig, QuantplanQuantizer
-
-        register_quantization_config("quantplan")(QuantplanConfig)
-        register_quantizer("quantplan")(QuantplanQuantizer)
+    """Makes `quant_method: quantplan` known to transformers, as importing the plug-in does: once, however often."""
+    import_module("quantplan.hf.plugin")

@@ -32,13 +32,14 @@ def load(out: str | os.PathLike[str], **options: Any) -> Any:
     QP222 for another quantization method, or where transformers cannot compute with what is stored.
     """
     folder = Path(out)
-    config = read_config(folder / "config.json")
+    place: Path | None = folder
+    config = read_config(folder)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method == "compressed-tensors":
-        options = {**options, **_as_native(folder, options)}
+        place, options = None, {**options, **_as_native(folder, options)}
     elif method not in ("quantplan", None):
         raise fail("QP222", f"quantized by '{method}'", "open it with transformers' from_pretrained", file=str(folder))
-    model, found = _model_class(config).from_pretrained(folder, output_loading_info=True, **options)
+    model, found = _model_class(config).from_pretrained(place, output_loading_info=True, **options)
     lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith("weight_"))
     if lost:
         raise fail("QP221", "tensor is missing", "copy the checkpoint again", file=str(folder), tensor=lost[0])
@@ -75,7 +76,10 @@ def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     remote = {key: options[key] for key in ("trust_remote_code",) if key in options}
     config = options.get("config") or transformers.AutoConfig.from_pretrained(folder, **remote)
     config.quantization_config = QuantplanConfig(groups).to_dict()
-    return {"config": config, "state_dict": state}
+    arguments: dict[str, Any] = {"config": config, "state_dict": state}
+    if (folder / "generation_config.json").exists():
+        arguments["generation_config"] = transformers.GenerationConfig.from_pretrained(folder)
+    return {**arguments, **{key: options[key] for key in ("generation_config",) if key in options}}
 
 
 def _matrix_names(module: str, tensors: Mapping[str, Any]) -> Iterator[str]:

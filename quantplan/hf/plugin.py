@@ -1,4 +1,6 @@
-"""The native format as a quantization method of transformers: its config, and the quantizer that swaps modules on load."""
+"""The native format as a quantization method of transformers: its config, and the quantizer that swaps modules on load.
+Importing this file registers both.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -138,3 +145,8 @@ class QuantplanQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+if "quantplan" not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second import of this file would raise otherwise
+    register_quantization_config("quantplan")(QuantplanConfig)
+    register_quantizer("quantplan")(QuantplanQuantizer)

@@ -120,6 +120,8 @@ def _engines(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
             text = f"engine '{engine.name}' does not read format '{plan.output.format}'"
             yield Problem("QP116", text, f"it reads {', '.join(engine.formats)}", ("engines", index))
             continue
+        if FORMATS.get(plan.output.format).own_reader:
+            continue
         for a in treated:
             key = (engine.name, a.wq, a.aq, a.module.kind, a.module.tensor.shape, a.module.dtype)
             if key not in answers:

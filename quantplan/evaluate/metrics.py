@@ -1,0 +1,199 @@
+"""Perplexity, KL divergence from a reference and top-1 agreement, of models on one text.
+
+At position t a model gives the next token the probabilities q_t; p_t are the reference's. Over all N windows of L tokens:
+
+    perplexity = exp(-sum ln q_t[token t+1] / (N (L - 1)))      the last position of a window predicts nothing
+    KL         = sum_t sum_v p_t[v] (ln p_t[v] - ln q_t[v]) / (N L)         Kullback and Leibler, 1951; nats per token
+    top-1      = share of the N L positions where argmax p_t = argmax q_t
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantplan.errors import fail
+from quantplan.evaluate.opened import local, open_model
+from quantplan.evaluate.text import check_sizes, token_windows
+from quantplan.headers import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Source = str | os.PathLike[str]
+CHUNK = 256  # positions whose probabilities are held at once, in float32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of one model. `kl` and `top1` are None without a reference.
+
+    The errors are standard errors of the figures over windows (None with one window), taking windows as independent: the
+    perplexity's is its own times that of the mean log-likelihood. `kl` in nats per token, `seconds` from loading the model
+    to its last window, with the reference's passes.
+    """
+
+    model: str
+    perplexity: float
+    kl: float | None
+    top1: float | None
+    tokens: int  # in all windows
+    windows: int
+    dtype: str  # what it was computed in
+    seconds: float
+    perplexity_error: float | None = None
+    kl_error: float | None = None
+    top1_error: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`; every number is finite."""
+        return {**asdict(self), "seconds": round(self.seconds, 3)}
+
+
+def evaluate(
+    models: Source | Iterable[Source],
+    data: Source | Tensor,
+    reference: Source | None = None,
+    windows: int | None = None,
+    length: int = 1024,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Measures each model (a directory or Hub id) on the same text, against `reference` where it is given.
+
+    `data` is a file as `token_windows` reads it, or token ids, int64 `[windows, length]`. Text is tokenized by the
+    reference's tokenizer, or without a reference by each model's own. `dtype` None: float32 where the format allows it,
+    else bfloat16; `device` None: cuda where there is one. `on_step(model, windows done, windows in all)` is called after
+    each window. Two models at most are in memory, the reference and one other.
+
+    Raises QuantplanError: data (QP105, QP130, QP301), a model that cannot be opened (QP2xx to QP4xx), token ids or
+    vocabularies that do not fit (QP131), results that are not finite (QP601).
+    """
+    import torch
+
+    check_sizes(length, windows)
+    sources = [models] if isinstance(models, str | os.PathLike) else list(models)
+    opened = [local(source) for source in sources]
+    base = None if reference is None else local(reference)
+    tokenizers = [(base or each).require_path() for each in opened]
+    ids = {t: _ids(data, t, length, windows) for t in dict.fromkeys(tokenizers)}  # every mistake in the data, before models
+    for each in [*opened, *([base] if base else [])]:
+        _check_ids(each, ids[(base or each).require_path()])
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    judge = open_model(base, dtype, where) if base and opened else None
+    done, total = 0, sum(len(ids[t]) for t in tokenizers)
+    results = []
+    for each, tokenizer in zip(opened, tokenizers, strict=True):
+        start = time.monotonic()
+        same = base is not None and each.require_path().resolve() == base.require_path().resolve()
+        model = judge if same else open_model(each, dtype, where)
+        sums = []
+        for window in _measure(model, judge, ids[tokenizer].to(where), each.source):
+            sums.append(window)
+            done += 1
+            if on_step is not None:
+                on_step(each.source, done, total)
+        kind = str(model.dtype).removeprefix("torch.")
+        del model  # before the next is opened
+        results.append(_summary(each.source, sums, ids[tokenizer], base is not None, kind, time.monotonic() - start))
+    return results
+
+
+def _ids(data: Source | Tensor, tokenizer: Source, length: int, windows: int | None) -> Tensor:
+    if isinstance(data, str | os.PathLike):
+        return token_windows(data, tokenizer, length, windows)
+    if data.ndim != 2 or data.shape[1] < 2 or data.shape[0] < max(1, windows or 1) or data.is_floating_point() or data.min() < 0:
+        raise fail(
+            "QP130", f"data of shape {list(data.shape)} are not that many windows of token ids", "give int64 [windows, length]"
+        )
+    return data[:windows].long()
+
+
+def _check_ids(checkpoint: Checkpoint, ids: Tensor) -> None:
+    """Raises QP131 for ids outside the vocabulary, QP105 for windows longer than the model's positions; both from config."""
+    text = checkpoint.config.get("text_config")
+    config = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
+    vocabulary, largest = config.get("vocab_size"), int(ids.max())
+    if isinstance(vocabulary, int) and largest >= vocabulary:
+        message = f"the data has token id {largest:,}, the vocabulary {vocabulary:,}"
+        raise fail("QP131", message, "use data made by the tokenizer of this model", file=checkpoint.source)
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(positions, int) and ids.shape[1] > positions > 0:
+        message = f"a window of {ids.shape[1]:,} tokens is longer than the model's {positions:,} positions"
+        raise fail("QP105", message, f"give a length of {positions} or less", file=checkpoint.source)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the positions of one window."""
+
+    nll: float
+    kl: float
+    agree: float
+
+
+def _measure(model: Any, judge: Any, ids: Tensor, name: str) -> Iterator[_Sums]:
+    """The sums of each window of `ids` `[windows, length]`. Raises QP131, QP601."""
+    import torch
+
+    for number, window in enumerate(ids, 1):
+        with torch.no_grad():
+            q = model(window[None]).logits[0]
+            p = None if judge is None else q if judge is model else judge(window[None]).logits[0]
+        if p is not None and p.shape != q.shape:
+            message = f"a vocabulary of {q.shape[-1]:,}, the reference has {p.shape[-1]:,}"
+            raise fail("QP131", message, "compare a model with the one it was made from", file=name)
+        sums = window_sums(q, window, p)
+        if not all(map(math.isfinite, (sums.nll, sums.kl, sums.agree))):
+            message = f"window {number} gives a log-likelihood or KL that is not finite"
+            raise fail("QP601", message, "look for NaN and infinity with 'quantplan verify', or try another dtype", file=name)
+        yield sums
+
+
+def window_sums(q: Tensor, window: Tensor, p: Tensor | None) -> _Sums:
+    """Negative log-likelihood, KL and agreements of a window `[length]`, from logits `q` and the reference's `p`, both
+    `[length, vocabulary]`. Probabilities in float32, sums in float64."""
+    import torch
+
+    nll = kl = agree = 0.0
+    for at in range(0, len(window), CHUNK):
+        log_q = torch.log_softmax(q[at : at + CHUNK].float(), -1)
+        target = window[at + 1 : at + CHUNK + 1, None]
+        nll -= log_q[: len(target)].gather(1, target).double().sum().item()
+        if p is None:
+            continue
+        log_p = torch.log_softmax(p[at : at + CHUNK].float(), -1)
+        share = log_p.exp()
+        terms = torch.where(share == 0, 0, share * (log_p - log_q))  # the limit of x ln x, where both are minus infinity
+        kl += terms.sum(-1).double().sum().item()
+        agree += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+    return _Sums(nll, kl, agree)
+
+
+def _summary(name: str, sums: Sequence[_Sums], ids: Tensor, judged: bool, dtype: str, seconds: float) -> Evaluation:
+    windows, length = ids.shape
+    log, log_error = _mean([s.nll / (length - 1) for s in sums])
+    if log > 700:
+        raise fail("QP601", f"perplexity is exp({log:,.0f}), too large for a number", "the model is broken", file=name)
+    perplexity = math.exp(log)
+    kl, kl_error = _mean([s.kl / length for s in sums]) if judged else (None, None)
+    top1, top1_error = _mean([s.agree / length for s in sums]) if judged else (None, None)
+    return Evaluation(
+        name, perplexity, kl, top1, ids.numel(), windows, dtype, seconds,
+        None if log_error is None else perplexity * log_error, kl_error, top1_error,
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error: None for one value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return mean, None
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))

@@ -1,0 +1,84 @@
+"""Checkpoints opened as models that compute logits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from quantplan.engine.apply import with_weights
+from quantplan.errors import QuantplanError, fail, listing, printable
+from quantplan.headers import Checkpoint, read_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+
+def local(model: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint's headers, checked, and its weights on this machine (a Hub id is fetched). Raises QP2xx to QP4xx."""
+    return with_weights(read_checkpoint(model), None)
+
+
+def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+    """The causal language model of a checkpoint, in eval mode on `device`, having run once on two tokens.
+
+    Without a `dtype`: float32 where the format allows it, else bfloat16. No code of the checkpoint runs.
+    Raises QuantplanError: QP222 (it cannot be loaded or run), QP221 (weights missing: they would be random), QP405 (a
+    package is missing).
+    """
+    import torch
+
+    refused: Exception | None = None
+    for chosen in (torch.float32, torch.bfloat16) if dtype is None else (dtype,):
+        try:
+            return _run_once(_load(checkpoint, chosen).eval().to(device))
+        except QuantplanError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a format's refusal of float32 has no type of its own
+            refused = error if refused is None else refused
+    assert refused is not None
+    reason = printable(str(refused).strip().split("\n")[0] or type(refused).__name__)
+    if isinstance(refused, ImportError):
+        advice = "install what is missing; quantplan[compressed-tensors] reads compressed-tensors checkpoints"
+        raise fail("QP405", reason, advice, file=checkpoint.source) from refused
+    advice = "does transformers know this model, as a causal language model in this format?"
+    raise fail("QP222", f"cannot be loaded: {reason}", advice, file=checkpoint.source) from refused
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoint.require_path()
+    if _needs_own_loader(checkpoint.config):
+        try:
+            from quantplan import load
+        except ImportError:
+            pass
+        else:
+            return load(path, dtype=dtype)
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        what = listing(missing).replace("module", "tensor", 1)
+        raise fail("QP221", f"the model needs {what}", "is the checkpoint complete?", file=checkpoint.source)
+    return model
+
+
+def _needs_own_loader(config: Mapping[str, Any]) -> bool:
+    """Whether transformers cannot open it by itself: quantplan's own format, and packed integers with a zero point."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        return False
+    groups = quantization.get("config_groups")
+    weights = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    packed = any(isinstance(w, Mapping) and w.get("type") == "int" and w.get("symmetric") is False for w in weights)
+    return packed or quantization.get("quant_method") == "quantplan"
+
+
+def _run_once(model: Any) -> Any:
+    """The model, after two tokens: some formats load in a dtype in which they do not compute."""
+    import torch
+
+    with torch.no_grad():
+        model(torch.zeros(1, 2, dtype=torch.int64, device=model.device))
+    return model
