@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantplan.assignment import Assignment
+from quantplan.models.modules import SIBLINGS
+from quantplan.scheme import BLOCK, SchemeConfig
 
 Refusal = str | None
+W4AFP8_GROUP = 128  # the one group size of vLLM's int4 weights with fp8 activations
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def _transformers_remark(a: Assignment, dtype: str) -> Refusal:
 
 
 def _vllm(a: Assignment, dtype: str) -> Refusal:
+    """vLLM 0.32: what its config parser and its choice of a class accept."""
     wq, aq = a.wq, a.aq
     if wq is None:
         return None
@@ -55,39 +59,87 @@ def _vllm(a: Assignment, dtype: str) -> Refusal:
         return "knows no 6-bit float"
     if wq.name == "fp8" and wq.strategy == "group":
         return "fp8 weights need a scale per tensor, channel or block, not per group"
-    if wq.name.startswith("int") and wq.strategy == "tensor" and aq is None:
+    if wq.name == "fp8" and wq.strategy == "block":
+        return _fused_blocks(a)
+    if not wq.name.startswith("int"):
+        return None
+    if wq.strategy == "tensor" and aq is None:
         return "weight-only integers need a scale per group or channel"
-    if wq.name == "int8" and aq is not None and aq.name == "int8" and _integer_asymmetric(a):
-        return "W8A8 weights must be symmetric"
+    return None if aq is None else _vllm_integer_activations(wq, aq)
+
+
+def _vllm_integer_activations(wq: SchemeConfig, aq: SchemeConfig) -> Refusal:
+    if aq.name == "fp8":
+        held = wq.name == "int4" and wq.symmetric_grid and wq.group == W4AFP8_GROUP
+        return None if held else f"fp8 activations need symmetric int4 weights in groups of {W4AFP8_GROUP}"
+    if wq.strategy == "tensor" and aq.name != "int8":
+        return "one scale for the whole tensor needs int8 activations"
+    plain = wq.name == aq.name == "int8" and wq.symmetric_grid and wq.strategy in ("channel", "tensor")
+    return None if plain or aq.symmetric_grid else "activations with a zero point need symmetric int8 weights, a scale per channel"
+
+
+def _fused_blocks(a: Assignment) -> Refusal:
+    """Blocks must not straddle the matrices of a fused layer. The last of them may end anywhere, but not in experts."""
+    part, rows = a.matrices[0].name.rpartition(".")[2], a.matrices[0].rows
+    family = next((family for family in SIBLINGS if part in family), None)
+    if family is None or rows % BLOCK == 0 or (part == family[-1] and not _expert(a)):
+        return None
+    return f"blocks in a layer it fuses with others need multiples of {BLOCK} rows, this one has {rows}"
+
+
+def _expert(a: Assignment) -> bool:
+    return a.module.kind == "experts" or ".experts." in a.name
+
+
+def _vllm_remark(a: Assignment, dtype: str) -> Refusal:
+    if a.wq is not None and a.aq is not None and a.wq.name == "int4" and a.aq.name == "fp8" and not _vllm(a, dtype):
+        return "int4 weights with fp8 activations run on Hopper GPUs only (sm_90)"
     return None
 
 
 def _vllm_cpu(a: Assignment, dtype: str) -> Refusal:
+    """vLLM 0.32 on an x86 CPU without AMX, which is what was tried."""
     wq, aq = a.wq, a.aq
     if wq is None:
         return None
     general = _vllm(a, dtype)
     if general:
         return general
+    if _expert(a):
+        return "quantized experts need a CPU with AMX, or a GPU"
+    if wq.name == "int8" and aq is not None and aq.name == "int8" and wq.symmetric_grid and wq.strategy != "group":
+        return None
+    if wq.name.startswith("int") and (aq is None or aq.name != "fp8"):
+        return _vllm_cpu_packed(a)
+    if wq.name == "fp8" and aq is not None:
+        return None if wq.strategy == "channel" else f"fp8 with a scale per {wq.strategy} needs a CPU with AMX, or a GPU"
+    return f"has no CPU kernel for {wq.name} weights with {aq.name if aq else 'unquantized'} activations"
+
+
+def _vllm_cpu_packed(a: Assignment) -> Refusal:
+    """Packed integers: one kernel, which leaves activations as they are."""
+    assert a.wq is not None
+    if a.wq.name != "int4":
+        return "packed integers (all but W8A8 with a scale per channel or tensor) have a CPU kernel for 4 bits only"
     rows, columns = a.matrices[0].rows, a.matrices[0].columns
-    if wq.name.startswith("int") and aq is None:
-        if wq.name != "int4":
-            return "weight-only integers have a CPU kernel for 4 bits only"
-        if rows % 32 or columns % 32:
-            return f"its CPU kernel needs multiples of 32, the layer is [{rows}, {columns}]"
-        return None
-    if wq.name == "int8" and aq is not None and aq.name == "int8" and wq.strategy in ("channel", "tensor"):
-        return None
-    if wq.name == "fp8" and aq is not None and wq.strategy in ("channel", "tensor"):
-        return None
-    return f"has no CPU kernel for {wq.name}{' with quantized activations' if aq else ' weights'}"
+    if rows % 32 or columns % 32:
+        return f"its CPU kernel for 4 bits needs multiples of 32, the layer is [{rows}, {columns}]"
+    if a.wq.group is not None and a.wq.group % 2:
+        return f"its CPU kernel for 4 bits needs even groups, not {a.wq.group}"
+    return None
+
+
+def _vllm_cpu_remark(a: Assignment, dtype: str) -> Refusal:
+    if a.wq is not None and a.aq is not None and a.wq.name == "int4" and not _vllm_cpu(a, dtype):
+        return f"on a CPU, activations beside int4 weights stay {dtype or 'as they are'}: {a.aq.name} is not applied"
+    return None
 
 
 ENGINES: Mapping[str, Engine] = {
     e.name: e
     for e in (
         Engine("transformers", ("compressed-tensors", "quantplan"), False, _transformers, _transformers_remark),
-        Engine("vllm", ("compressed-tensors",), True, _vllm),
-        Engine("vllm-cpu", ("compressed-tensors",), True, _vllm_cpu),
+        Engine("vllm", ("compressed-tensors",), True, _vllm, _vllm_remark),
+        Engine("vllm-cpu", ("compressed-tensors",), True, _vllm_cpu, _vllm_cpu_remark),
     )
 }

@@ -171,7 +171,8 @@ def checked_file(folder: Path, name: str) -> Path:
     home = folder.resolve()
     blobs = home.parent.parent / "blobs"  # models--org--name/snapshots/REVISION -> models--org--name/blobs
     if path.is_symlink() and home not in real.parents and not (home.parent.name == "snapshots" and blobs in real.parents):
-        raise fail("QP303", f"is a link to {printable(str(real))}, outside the model directory", file=str(path))
+        text = f"is a link to {printable(str(real))}, outside the model directory"
+        raise fail("QP303", text, "copy the file, or give the directory it lies in", file=str(path))
     return path
 
 

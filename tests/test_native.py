@@ -33,7 +33,9 @@ def quantized(options: dict[str, Any], rows: int = 40, columns: int = 192) -> Qu
 def test_encode_keeps_what_layout_promises_and_decode_undoes_it(options: dict[str, Any]) -> None:
     matrix, before = Matrix("a.m", "", 40, 192), quantized(options)
     layout, stored = NATIVE.layout(matrix, before.scheme, None), NATIVE.encode(matrix, before, None)
-    assert {n: (getattr(torch, TORCH_DTYPES[d]), s) for n, (d, s) in layout.items()} == {n: (t.dtype, tuple(t.shape)) for n, t in stored.items()}
+    assert {n: (getattr(torch, TORCH_DTYPES[d]), s) for n, (d, s) in layout.items()} == {
+        n: (t.dtype, tuple(t.shape)) for n, t in stored.items()
+    }
     assert all(t.is_contiguous() for t in stored.values())
     after = NATIVE.decode(matrix, before.scheme, None, stored.__getitem__)
     assert torch.equal(after.codes, before.codes) and after.scheme == before.scheme
@@ -97,7 +99,11 @@ def test_every_scheme_survives_the_config(options: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize(
     ("model", "plan", "text"),
     [
-        ("untied", {"default": {}, "overrides": [{"pattern": "model.embed_tokens", "wq": "int8"}]}, "embeddings are not available yet"),
+        (
+            "untied",
+            {"default": {}, "overrides": [{"pattern": "model.embed_tokens", "wq": "int8"}]},
+            "embeddings are not available yet",
+        ),
         ("llama", {"default": {"wq": {"scheme": "int8", "granularity": "token"}}}, "weights have no tokens"),
         ("moe", {"default": {"wq": "int8", "aq": "int8"}}, "their activations cannot be quantized"),
         ("fused", {"default": {"wq": "int8", "aq": "int8"}}, "their activations cannot be quantized"),
@@ -123,7 +129,7 @@ def test_a_config_this_version_cannot_read_is_refused() -> None:
         QuantplanConfig([group], version=2)
     with pytest.raises(QuantplanError, match="unknown key 'transforms'"):
         QuantplanConfig([group], transforms=[])
-    with pytest.raises(QuantplanError, match="QP222.*int4: no_such_option"):
+    with pytest.raises(QuantplanError, match="int4: no_such_option"):
         QuantplanConfig([{**group, "wq": {**group["wq"], "no_such_option": 1}}]).treatments()
     with pytest.raises(QuantplanError, match="QP107"):
         QuantplanConfig([{**group, "wq": {"scheme": "int1"}}]).treatments()

@@ -18,7 +18,7 @@ VARIANTS: list[dict[str, Any]] = [
     *({"scheme": name} for name in SCHEMES.names()),
     *({"scheme": name, "symmetric": False} for name in SCHEMES.names() if name.startswith("int")),
     *({"scheme": "int4", "granularity": g} for g in ("channel", "tensor", "block")),
-    *({"scheme": "fp8", "granularity": g} for g in ("tensor", "block", "group")[:2]),
+    *({"scheme": "fp8", "granularity": g} for g in ("tensor", "block")),
     {"scheme": "int4", "group_size": 64, "scale_dtype": "float32", "symmetric": False},
     {"scheme": "int5", "group_size": 16, "rounding": "stochastic"},
     {"scheme": "fp8", "format": "e5m2", "scale_dtype": "float16"},
@@ -72,7 +72,9 @@ def test_a_state_dict_goes_into_an_empty_layer(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("options", [{"scheme": "int4", "scale_dtype": "float32"}, {"scheme": "nvfp4"}, {"scheme": "fp8"}], ids=named)
+@pytest.mark.parametrize(
+    "options", [{"scheme": "int4", "scale_dtype": "float32"}, {"scheme": "nvfp4"}, {"scheme": "fp8"}], ids=named
+)
 def test_a_change_of_dtype_leaves_the_weight_as_it_is(options: dict[str, Any], dtype: torch.dtype) -> None:
     layer = made(options)
     before, stored = layer.dequantize(), {n: b.dtype for n, b in layer.named_buffers()}
@@ -224,8 +226,8 @@ def test_nvfp4_siblings_share_their_tensor_scale() -> None:
     largest = max(float(model.attn[n].weight.detach().abs().max()) for n in ("q_proj", "k_proj", "v_proj"))
     quantize(model, {"default": {"wq": "nvfp4"}, "overrides": [{"pattern": "head", "keep": True}]})
     scales = {float(model.attn[n].weight_global_scale) for n in ("q_proj", "k_proj", "v_proj")}
-    assert scales == {pytest.approx(448 * 6 / largest)}
-    assert float(model.attn["o_proj"].weight_global_scale) not in scales
+    assert len(scales) == 1 and scales.pop() == pytest.approx(448 * 6 / largest)
+    assert float(model.attn["o_proj"].weight_global_scale) != float(model.attn["q_proj"].weight_global_scale)
 
 
 def test_a_loaded_plan_and_a_file_are_plans_too(tmp_path: Any) -> None:

@@ -4,20 +4,33 @@ A promise is a function of a config that asserts. It runs on every scheme, granu
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from quantplan import numerics, scheme
 from quantplan.checkpoint.reader import TORCH_DTYPES
+from quantplan.numerics import E2M1, decode_float, float_values
 from quantplan.scheme import BLOCK, SCHEMES, NonFinite, Params, Quantizer, SchemeConfig
-from quantplan.schemes import floating, microscaling, nvfp4
+from quantplan.schemes import floating, integer, microscaling, nf4, nvfp4
 from quantplan.tensor import QuantizedTensor, concatenate
 
 ROWS, COLUMNS = 130, 192  # blocks of 128 have edges; groups of 16, 32 and 64 divide
 RESERVED = {"pattern", "wq", "aq", "algorithm", "keep", "optional", "expect", "scheme", "name"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small matrices: threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def choices(field: Any) -> list[Any]:
@@ -327,7 +340,7 @@ def powers_of_two_pass_through(config: SchemeConfig) -> None:
         else:
             assert torch.equal(scaled / 2.0**k, normal)
     if half:  # small weights reach float16's denormals: the scale is coarser there, and that is all
-        small = torch.randn(32, COLUMNS, generator=torch.Generator().manual_seed(1)) * 2.0**-8
+        small = torch.randn(32, COLUMNS, generator=torch.Generator().manual_seed(1)) * 2.0**-11
         ratio = _error(quantizer, small) / _error(quantizer, small * 2.0**14)
         assert ratio < 1.1
 
@@ -410,13 +423,17 @@ ALL = configs()
 DTYPES = {name: getattr(torch, torch_name) for name, torch_name in TORCH_DTYPES.items()}
 
 
-@pytest.mark.parametrize("config", ALL, ids=label)
+@pytest.mark.parametrize("member", list(SCHEMES), ids=lambda m: m.name)
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda p: p.__name__)
-def test_promise(promise: Callable[[SchemeConfig], None], config: SchemeConfig) -> None:
-    if promise is parts_make_the_whole and not config.splittable:
-        assert config.strategy == "tensor"
-        return
-    promise(config)
+def test_promise(promise: Callable[[SchemeConfig], None], member: type[SchemeConfig]) -> None:
+    for config in (c for c in ALL if type(c) is member):
+        if promise is parts_make_the_whole and not config.splittable:
+            assert config.strategy == "tensor"
+            continue
+        try:
+            promise(config)
+        except Exception as error:
+            raise AssertionError(f"{label(config)}: {promise.__doc__}") from error
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -445,8 +462,9 @@ def integers_follow_seed_001(config: SchemeConfig) -> None:
         codes = ((x / scale).round() + zeros).clamp(0, 2**bits - 1)
         assert torch.equal(q.codes.int(), codes.int())
         assert torch.equal(quantizer.dequantize(q), (codes - zeros) * scale)
-    torch.testing.assert_close(q.params["scale"].float(), expected, rtol=2.0**-8, atol=0)
-    assert (q.params["scale"] == expected.to(q.params["scale"].dtype)).float().mean() > 0.98
+    stored = q.params["scale"].dtype
+    torch.testing.assert_close(q.params["scale"].float(), expected, rtol=torch.finfo(stored).eps, atol=0)
+    assert stored is torch.float32 or (q.params["scale"] == expected.to(stored)).float().mean() > 0.98
 
 
 def microscaling_follows_ocp(config: SchemeConfig) -> None:
@@ -466,7 +484,7 @@ def floats_fill_their_range(config: SchemeConfig) -> None:
     """scale = largest / maximum: the largest weight becomes the largest code."""
     quantizer = config.quantizer()
     maximum = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}[config.format] if config.name != "nf4" else 1.0
-    x = matrix() * 2**14
+    x = matrix() * 2**10
     groups = quantizer.groups(x)
     top = groups.abs().amax(-1)
     scale = quantizer.quantize(x).params["scale"]
@@ -493,12 +511,14 @@ def test_floats_fill_their_range(config: SchemeConfig) -> None:
 
 def test_integer_codes_reach_both_ends() -> None:
     """int4: [-8, 7] and [0, 15], as seed 001 and the README say."""
-    x = torch.linspace(-1, 1, 64).repeat(2, 1)
+    x = torch.linspace(-1, 2, 64).repeat(2, 1)
     for bits in range(2, 9):
-        symmetric = SCHEMES.get(f"int{bits}")(granularity="channel", scale_rule="qmin").quantizer().quantize(x)
+        both = torch.cat([x, x.neg()], 1)
+        symmetric = SCHEMES.get(f"int{bits}")(granularity="channel", scale_rule="qmin").quantizer().quantize(both)
         signed = symmetric.codes.int() - 2 ** (bits - 1)
         assert (signed.min(), signed.max()) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        unsigned = SCHEMES.get(f"int{bits}")(granularity="channel", symmetric=False).quantizer().quantize(x).codes
+        unsigned = SCHEMES.get(f"int{bits}")(granularity="channel", symmetric=False, scale_dtype="float32")
+        unsigned = unsigned.quantizer().quantize(x).codes
         assert (unsigned.min(), unsigned.max()) == (0, 2**bits - 1)
 
 
@@ -519,18 +539,18 @@ def test_microscaling_scale_of_the_references_example() -> None:
 
 def test_nvfp4_follows_the_references_worked_example() -> None:
     group = [0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10, 0.11, 0.12, -0.12, -0.06, -0.03]
+    quantizer = nvfp4.NVFP4Config().quantizer()
     x = torch.tensor([group, [0.24] + [0.0] * 15])
-    q = nvfp4.NVFP4Config().quantizer().quantize(x)
-    assert q.params["global_scale"].tolist() == pytest.approx([11200], rel=1e-6)
+    assert quantizer.quantize(x).params["global_scale"].tolist() == pytest.approx([11200], rel=1e-6)
+    # times 1.5625 the step is a power of two: three values are ties, where a float32 that is a bit off would decide
+    x = (x * 100).round() / 64
+    q = quantizer.quantize(x)
+    assert q.params["global_scale"].tolist() == [7168]
     assert q.params["scale"][0].view(torch.uint8).item() == 0x76 and q.params["scale"][1].float().item() == 448
-    # the reference's list is in decimals; 0.01, 0.05, 0.07 and 0.1 lie on ties, where float32 decides
     reference = [0, 1, 2, 3, 4, 4, 5, 6, 6, 6, 6, 7, 7, 15, 13, 11]
     values = decode_float(torch.tensor(reference, dtype=torch.uint8), E2M1)
-    step = 224 / q.params["global_scale"].double()
-    ties = (torch.tensor(group).double() / step * 4).remainder(1).minus_tie() if False else None
-    assert ties is None
     assert q.codes[0].tolist() == reference
-    torch.testing.assert_close(nvfp4.NVFP4Config().quantizer().dequantize(q)[0], values * 0.02, rtol=1e-6, atol=0)
+    assert torch.equal(quantizer.dequantize(q)[0], values / 32)
 
 
 def test_nvfp4_shares_the_given_magnitude() -> None:
@@ -574,7 +594,7 @@ def test_nf4_is_the_nearest_level_of_its_table() -> None:
         [SCHEMES.get(f"int{b}")(granularity="channel", scale_rule="midpoint") for b in range(2, 9)],
         [SCHEMES.get(f"int{b}")(granularity="block", scale_rule="qmin") for b in range(2, 9)],
         [SCHEMES.get(n)(granularity="channel") for n in ("fp4", "fp8")],
-        [SCHEMES.get(n)() for n in ("mxfp4", "mxfp6", "mxfp8")],
+        [SCHEMES.get(n)() for n in ("mxfp4", "mxfp8")],  # mxfp6's e2m3 has the mantissa of e4m3, and saturates less
     ],
     ids=["symmetric", "asymmetric", "midpoint", "qmin", "floats", "microscaling"],
 )
@@ -582,7 +602,7 @@ def test_more_bits_mean_less_error(family: list[SchemeConfig]) -> None:
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(3))
     errors = [_error(config.quantizer(), x) for config in family]
     # each bit halves the step, so the error: int2's symmetric grid has three levels where int3's has seven
-    assert all(b < 0.62 * a for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert all(b < 0.62 * a for a, b in pairwise(errors)), errors
 
 
 # relative errors on Gaussian weights that others measured with their own code: formats.md, section 8.3
@@ -598,7 +618,7 @@ def test_more_bits_mean_less_error(family: list[SchemeConfig]) -> None:
 )
 def test_error_on_gaussian_weights_is_what_the_field_measures(name: str, options: dict[str, Any], expected: float) -> None:
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(4))
-    assert _error(SCHEMES.get(name)(**options).quantizer(), x) == pytest.approx(expected, rel=0.06)
+    assert _error(SCHEMES.get(name)(**options).quantizer(), x) == pytest.approx(expected, rel=0.05, abs=5e-4)
 
 
 def test_finer_granularity_means_less_error() -> None:
@@ -831,7 +851,7 @@ def own_absmax(original: Any) -> Any:
 
 
 def in_place(original: Any) -> Any:
-    return lambda self, x: original(self, x.mul_(1.5))
+    return lambda self, x: original(self, x.mul_(1.5) if x.is_floating_point() else x)
 
 
 def stepped_exponent(step: int) -> Make:
@@ -874,7 +894,7 @@ MUTANTS: list[tuple[str, SchemeConfig, Callable[[SchemeConfig], None], Any, str,
     ("scale for 6 levels, not 7", int4(), integers_follow_seed_001, IQ, "fit", scaled_fit(7 / 6)),
     ("range too wide", int4(), range_covers_the_weights, IQ, "fit", scaled_fit(2.0)),
     ("range too narrow", int4(), range_covers_the_weights, IQ, "fit", scaled_fit(0.45)),
-    ("range without zero", int4(symmetric=False), zero_is_exact, IQ, "fit", range_without_zero),
+    ("range without zero", int4(symmetric=False), range_covers_the_weights, IQ, "fit", range_without_zero),
     ("scale of zeros is zero", int4(), zero_is_exact, IQ, "fit", scale_of_zero_groups_is_zero),
     ("scale in another dtype", int4(), layout_is_kept, numerics, "round_through", lambda o: lambda x, d: x),
     ("scale not protected", int4(), denormals_are_harmless, numerics, "round_through", lambda o: lambda x, d: x.to(d)),
@@ -887,7 +907,14 @@ MUTANTS: list[tuple[str, SchemeConfig, Callable[[SchemeConfig], None], Any, str,
     ("codes in int16", int4(), layout_is_kept, IQ, "encode", lambda o: lambda s, x, p: o(s, x, p).short()),
     ("nf4 levels out of order", NF4, code_is_the_nearest, nf4, "LEVELS", swapped),
     ("nf4 without a zero", NF4, zero_is_exact, nf4, "LEVELS", lambda v: (*v[:7], 0.01, *v[8:])),
-    ("nf4 borders are levels", NF4, code_is_the_nearest, torch, "bucketize", lambda o: lambda y, b: o(y, b) - (y > 0.5)),
+    (
+        "nf4 rounds down above a half",
+        NF4,
+        code_is_the_nearest,
+        torch,
+        "bucketize",
+        lambda o: lambda y, b: o(y, b) - (y > 0.5).long(),
+    ),
     ("floats do not saturate", FP8, outside_saturates, numerics, "encode_float", no_saturation),
     ("floats wrap", MX, outside_saturates, numerics, "encode_float", wrapping_float),
     ("exponent rounded up", MX, microscaling_follows_ocp, microscaling.MXQuantizer, "fit", stepped_exponent(1)),
@@ -922,10 +949,13 @@ MUTANTS: list[tuple[str, SchemeConfig, Callable[[SchemeConfig], None], Any, str,
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "promise", "owner", "attribute", "make"), MUTANTS, ids=lambda v: None)
+@pytest.mark.parametrize(
+    ("config", "promise", "owner", "attribute", "make"),
+    [mutant[1:] for mutant in MUTANTS],
+    ids=[f"{mutant[0]}, {label(mutant[1])}" for mutant in MUTANTS],
+)
 def test_mutants_break_a_promise(
     monkeypatch: pytest.MonkeyPatch,
-    name: str,
     config: SchemeConfig,
     promise: Callable[[SchemeConfig], None],
     owner: Any,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantplan.checkpoint.layout import json_bytes
+from quantplan.checkpoint.reader import reading
 from quantplan.errors import fail
 from quantplan.format import FORMATS
 from quantplan.headers import INDEX, PICKLES, Checkpoint
@@ -28,7 +29,9 @@ def side_files(checkpoint: Checkpoint) -> dict[str, Path]:
     folders = [root]
     while folders:
         folder = folders.pop(0)
-        for path in sorted(folder.iterdir()):
+        with reading(folder):
+            paths = sorted(folder.iterdir())
+        for path in paths:
             relative = path.relative_to(root).as_posix()
             if path.name.startswith(".") or relative in WRITTEN or path.name.lower().endswith(NOT_COPIED):
                 continue

@@ -67,10 +67,10 @@ def evaluate(
 ) -> list[Evaluation]:
     """Measures each model (a directory or Hub id) on the same text, against `reference` where it is given.
 
-    `data` is a file as `token_windows` reads it, or token ids, int64 `[windows, length]`. Text is tokenized by the
-    reference's tokenizer, or without a reference by each model's own. `dtype` None: float32 where the format allows it,
-    else bfloat16; `device` None: cuda where there is one. `on_step(model, windows done, windows in all)` is called after
-    each window. Two models at most are in memory, the reference and one other.
+    `data` is a file as `token_windows` reads it, or token ids, int64 `[n, tokens]`, where `length` changes nothing. Text is
+    tokenized by the reference's tokenizer, or without a reference by each model's own. `dtype` None: float32 where the
+    format allows it, else bfloat16; `device` None: cuda where there is one. `on_step(model, windows done, windows in all)` is
+    called after each window. Two models at most are in memory, the reference and one other.
 
     Raises QuantplanError: data (QP105, QP130, QP301), a model that cannot be opened (QP2xx to QP4xx), token ids or
     vocabularies that do not fit (QP131), results that are not finite (QP601).
@@ -79,6 +79,8 @@ def evaluate(
 
     check_sizes(length, windows)
     sources = [models] if isinstance(models, str | os.PathLike) else list(models)
+    if not sources:
+        return []
     opened = [local(source) for source in sources]
     base = None if reference is None else local(reference)
     tokenizers = [(base or each).require_path() for each in opened]
@@ -86,13 +88,13 @@ def evaluate(
     for each in [*opened, *([base] if base else [])]:
         _check_ids(each, ids[(base or each).require_path()])
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    judge = open_model(base, dtype, where) if base and opened else None
+    judge = open_model(base, dtype, where) if base else None
     done, total = 0, sum(len(ids[t]) for t in tokenizers)
     results = []
     for each, tokenizer in zip(opened, tokenizers, strict=True):
         start = time.monotonic()
         same = base is not None and each.require_path().resolve() == base.require_path().resolve()
-        model = judge if same else open_model(each, dtype, where)
+        model: Any = judge if same else open_model(each, dtype, where)
         sums = []
         for window in _measure(model, judge, ids[tokenizer].to(where), each.source):
             sums.append(window)
@@ -108,10 +110,11 @@ def evaluate(
 def _ids(data: Source | Tensor, tokenizer: Source, length: int, windows: int | None) -> Tensor:
     if isinstance(data, str | os.PathLike):
         return token_windows(data, tokenizer, length, windows)
-    if data.ndim != 2 or data.shape[1] < 2 or data.shape[0] < max(1, windows or 1) or data.is_floating_point() or data.min() < 0:
-        raise fail(
-            "QP130", f"data of shape {list(data.shape)} are not that many windows of token ids", "give int64 [windows, length]"
-        )
+    if data.ndim != 2 or data.shape[1] < 2 or data.shape[0] < max(1, windows or 1) or data.dtype.is_floating_point:
+        message = f"data of shape {list(data.shape)} and {data.dtype} are not {windows or 'any'} windows of token ids"
+        raise fail("QP130", message, "give int64 [windows, length]")
+    if int(data.min()) < 0:
+        raise fail("QP130", f"the data has the negative token id {int(data.min())}", "token ids count from 0")
     return data[:windows].long()
 
 

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantplan.checkpoint.provenance import NAME as RECORD
 from quantplan.engine.apply import with_weights
-from quantplan.errors import QuantplanError, fail, listing, printable
+from quantplan.errors import QuantplanError, fail, printable
 from quantplan.headers import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def local(model: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint's headers, checked, and its weights on this machine (a Hub id is fetched). Raises QP2xx to QP4xx."""
-    return with_weights(read_checkpoint(model), None)
+    return with_weights(read_checkpoint(model))
 
 
 def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
@@ -46,33 +47,36 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device:
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    path = checkpoint.require_path()
-    if _needs_own_loader(checkpoint.config):
-        try:
-            from quantplan import load
-        except ImportError:
-            pass
-        else:
-            return load(path, dtype=dtype)
-    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    path, options = checkpoint.require_path(), {}
+    method, zero_points = _quantization(checkpoint.config)
+    if method == "quantplan" or (zero_points and (path / RECORD).exists()):
+        from quantplan import load
+
+        return load(path, dtype=dtype)
+    if zero_points:  # the package decompresses packed zero points only when asked to
+        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, found = opened
     missing = sorted(found["missing_keys"])
     if missing:
-        what = listing(missing).replace("module", "tensor", 1)
-        raise fail("QP221", f"the model needs {what}", "is the checkpoint complete?", file=checkpoint.source)
+        text = f"{len(missing)} of the model's tensors are missing"
+        raise fail("QP221", text, "is the checkpoint complete?", file=checkpoint.source, tensor=missing[0])
     return model
 
 
-def _needs_own_loader(config: Mapping[str, Any]) -> bool:
-    """Whether transformers cannot open it by itself: quantplan's own format, and packed integers with a zero point."""
+def _quantization(config: Mapping[str, Any]) -> tuple[str, bool]:
+    """The quantization method a config names ("" for none), and whether it is compressed-tensors with zero points."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping):
-        return False
-    groups = quantization.get("config_groups")
+        return "", False
+    method, groups = str(quantization.get("quant_method", "")), quantization.get("config_groups")
     weights = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
-    packed = any(isinstance(w, Mapping) and w.get("type") == "int" and w.get("symmetric") is False for w in weights)
-    return packed or quantization.get("quant_method") == "quantplan"
+    zero_points = any(isinstance(w, Mapping) and w.get("type") == "int" and w.get("symmetric") is False for w in weights)
+    return method, method == "compressed-tensors" and zero_points
 
 
 def _run_once(model: Any) -> Any:

@@ -107,7 +107,7 @@ def _tokenize(text: str, tokenizer: str | os.PathLike[str]) -> Tensor:
 
     try:
         opened = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - transformers' and tokenizers' errors share no base class
+    except Exception as error:  # transformers' and tokenizers' errors share no base class
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         advice = "copy the tokenizer's files beside the weights, or give token ids (.safetensors)"
         raise fail("QP222", f"the tokenizer cannot be loaded: {reason}", advice, file=str(tokenizer)) from error

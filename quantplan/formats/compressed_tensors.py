@@ -206,9 +206,10 @@ def _storage(wq: SchemeConfig, aq: SchemeConfig | None) -> str:
         return "mxfp8-quantized"
     if wq.name == "fp8":
         return "float-quantized" if aq is not None else "naive-quantized"
-    if wq.strategy == "tensor" and aq is None:
-        return "naive-quantized"
-    plain = wq.name == "int8" and aq is not None and wq.symmetric_grid and wq.strategy in ("channel", "tensor")
+    if wq.strategy == "tensor":
+        return "naive-quantized" if aq is None else "int-quantized"
+    # only beside int8 activations: vLLM takes any plain int8 for W8A8, whatever the activations are meant to be
+    plain = wq.name == "int8" and aq is not None and aq.name == "int8" and wq.symmetric_grid and wq.strategy == "channel"
     return "int-quantized" if plain else "pack-quantized"
 
 

@@ -190,8 +190,7 @@ class StoredMatrices(WeightConverter):
                 name, _, part = key.rpartition(".")
                 matrices.setdefault(base, {}).setdefault(name, {})[part] = tensor
         return {
-            base: [self._weight(name, named[name]) for name in sorted(named, key=natural_key)]
-            for base, named in matrices.items()
+            base: [self._weight(name, named[name]) for name in sorted(named, key=natural_key)] for base, named in matrices.items()
         }
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.engine.verify import read_record
@@ -16,9 +16,6 @@ from quantplan.headers import read_checkpoint, read_config
 from quantplan.hf.plugin import QuantplanConfig
 from quantplan.models.modules import EXPERT_PARTS, Matrix
 from quantplan.scheme import SchemeConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def load(out: str | os.PathLike[str], **options: Any) -> Any:
@@ -51,7 +48,8 @@ def _model_class(config: Mapping[str, Any]) -> Any:
     import transformers
 
     named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-    return transformers.AutoModelForCausalLM if named is None or "auto_map" in config else named
+    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if known and "auto_map" not in config else transformers.AutoModelForCausalLM
 
 
 def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +58,9 @@ def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
 
     record, written = read_record(folder), read_checkpoint(folder)
     output, native = FORMATS.get("compressed-tensors")(), FORMATS.get("quantplan")()
-    groups, state, used = [], {}, set()
+    groups: list[dict[str, Any]] = []
+    state: dict[str, Any] = {}
+    used: set[str] = set()
     with TensorReader(folder, written.tensors) as reader:
         for treatment in record["treatments"]:
             names = [n for module in treatment["modules"] for n in _matrix_names(module, written.tensors)]

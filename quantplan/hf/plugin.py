@@ -45,7 +45,7 @@ class QuantplanConfig(QuantizationConfigMixin):
         if version != VERSION or unknown:
             what = f"has the unknown key '{min(unknown)}'" if unknown else f"is of version {version}"
             raise fail("QP222", f"the quantization_config {what}", ASK_TO_UPGRADE)
-        self.quant_method = "quantplan"
+        self.quant_method = "quantplan"  # type: ignore[assignment]  # transformers' own methods are an enum
         self.version = version
         self.groups = groups or []
 
@@ -70,7 +70,9 @@ def _scheme(options: Mapping[str, Any]) -> SchemeConfig:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"{member.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise fail("QP222", f"the quantization_config has an option this quantplan cannot read ({what})", ASK_TO_UPGRADE) from None
+        raise fail(
+            "QP222", f"the quantization_config has an option this quantplan cannot read ({what})", ASK_TO_UPGRADE
+        ) from None
 
 
 class QuantplanQuantizer(HfQuantizer):

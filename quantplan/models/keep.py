@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from quantplan.headers import FLOAT_DTYPES, TensorInfo
@@ -80,6 +80,7 @@ NOT_A_FLOAT = KeepRule("not a float", (), "the tensor is not float32, float16 or
 CONV1D = KeepRule("Conv1D", (), "GPT-2's Conv1D stores [in, out], which no engine reads quantized")
 CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gptsan-japanese"}
 MTP_LAYER = KEEP_RULES[-1]
+_NUMBER = re.compile(r"[0-9]+")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
@@ -88,11 +89,16 @@ def _matcher(rule: KeepRule) -> re.Pattern[str]:
     return re.compile("|".join(translate(p) for p in rule.patterns))
 
 
+@lru_cache(10_000)
+def _by_name(name: str) -> KeepRule | None:
+    return next((rule for rule in KEEP_RULES if _matcher(rule).match(name)), None)
+
+
 def keep_rule(name: str, config: Mapping[str, Any]) -> KeepRule | None:
     """The first built-in rule that keeps the module called `name`."""
-    for rule in KEEP_RULES:
-        if _matcher(rule).match(name):
-            return rule
+    rule = _by_name(_NUMBER.sub("0", name))  # no pattern has a digit: a rule is the same for every layer and expert
+    if rule is not None:
+        return rule
     layers = config.get("num_hidden_layers")
     layer = _LAYER.match(name) if isinstance(layers, int) else None
     return MTP_LAYER if layer and int(layer[1]) >= int(str(layers)) else None  # DeepSeek-V3 stores its MTP head so

@@ -136,9 +136,9 @@ def _experts(name: str, part: str, tensor: TensorInfo, config: Mapping[str, Any]
     return Module(name, tensor, "experts", matrices, keep)
 
 
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sorts `layers.2` before `layers.10`."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))
+def natural_key(name: str) -> list[str]:
+    """Sorts `layers.2` before `layers.10`, and numbers before words."""
+    return [part.rjust(20, "0") if part.isdigit() else part for part in name.split(".")]
 
 
 def fused_with(name: str) -> str:

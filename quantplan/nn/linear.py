@@ -29,6 +29,9 @@ class QuantLinear(nn.Module):
     are taken from the inputs themselves; its gradient passes straight through.
     """
 
+    bias: nn.Parameter | None
+    weight_codes: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -115,7 +118,8 @@ class QuantLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """An `nn.Linear` with the dequantized weight in `dtype` and this very bias; activations are not quantized there."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(self.weight), self.bias
+        linear.weight = nn.Parameter(self.weight)
+        linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:

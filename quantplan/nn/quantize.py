@@ -53,15 +53,16 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
         made = QuantLinear.from_quantized(solved, linear.bias, assignment.aq, dtype=linear.weight.dtype)
         for parent, name in holders[id(linear)]:
             setattr(parent, name, made.train(linear.training))
+    config: Any = getattr(model, "config", None)
     if hasattr(model, "save_pretrained"):
         packed = [a for a in resolution.quantized if a.module.kind != "experts"]
-        model.config.quantization_config = dict(FORMATS.get("quantplan")().config(packed))
+        config.quantization_config = dict(FORMATS.get("quantplan")().config(packed))
     return model
 
 
 def _inventory(model: nn.Module) -> Checkpoint:
     """The model's parameters as a checkpoint would list them."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     described = config.to_dict() if hasattr(config, "to_dict") else {}
     tensors = {
         name: TensorInfo(name, _STORED_DTYPES.get(parameter.dtype, "U8"), tuple(parameter.shape))
@@ -132,9 +133,7 @@ def _view(model: nn.Module, matrix: Matrix) -> Tensor:
     return slab[matrix.first : matrix.first + matrix.rows]
 
 
-def _solve(
-    model: nn.Module, assignment: Assignment, matrix: Matrix, largest: Mapping[str, Tensor]
-) -> QuantizedTensor:
+def _solve(model: nn.Module, assignment: Assignment, matrix: Matrix, largest: Mapping[str, Tensor]) -> QuantizedTensor:
     wq = assignment.wq
     assert wq is not None
     absmax = largest[scale_group(matrix.name)] if wq.needs_absmax else None

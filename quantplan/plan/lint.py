@@ -97,7 +97,8 @@ def _held(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
     output = FORMATS.get(plan.output.format)()
     findings, answers = _Findings(), {}
     for a in treated:
-        key = (a.wq, a.aq, a.module.kind, a.module.columns, ".experts." in a.name)
+        # by identity: hashing schemes of 70,000 modules takes longer than all else here
+        key = (id(a.wq), id(a.aq), a.module.kind, a.module.columns, ".experts." in a.name)
         if key not in answers:
             answers[key] = output.refuse(a)
         if answers[key]:
@@ -123,16 +124,20 @@ def _engines(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
         if FORMATS.get(plan.output.format).own_reader:
             continue
         for a in treated:
-            key = (engine.name, a.wq, a.aq, a.module.kind, a.module.tensor.shape, a.module.dtype)
+            part = a.name.rpartition(".")[2]  # engines fuse layers by it
+            shape = (a.module.kind, a.module.tensor.shape, a.module.dtype, part, ".experts." in a.name)
+            key = (engine.name, id(a.wq), id(a.aq), *shape)
             if key not in answers:
                 dtype = plan.output.dtype or a.module.dtype
-                answers[key] = engine.refuse(a, dtype), engine.remark(a, dtype)
+                refusal, remark = engine.refuse(a, dtype), engine.remark(a, dtype)
+                answers[key] = (
+                    refusal and f"{engine.name} cannot run this: {refusal}",
+                    remark and f"{engine.name}: {remark}",
+                )
             refusal, remark = answers[key]
-            path = _origin(a, "wq.scheme", "aq.scheme")
-            if refusal:
-                findings.add(a, "QP116", f"{engine.name} cannot run this: {refusal}", "", path, severity)
-            if remark:
-                findings.add(a, "QP121", f"{engine.name}: {remark}", "", path, "note")
+            for code, finding, weight in (("QP116", refusal, severity), ("QP121", remark, "note")):
+                if finding:
+                    findings.add(a, code, finding, "", _origin(a, "wq.scheme", "aq.scheme"), weight)
     yield from findings.problems()
 
 

@@ -82,6 +82,7 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
         for i in found:
             masks.setdefault(i, []).append(index)
     shared: dict[tuple[Any, ...], _Treatment] = {}
+    schemes: dict[SchemeConfig | None, SchemeConfig | None] = {}  # equal ones are one object: quick to compare
     assignments: dict[str, Assignment] = {}
     words: dict[int, set[int]] = {}  # override -> overrides that had the last word where it matched
     for i, module in enumerate(modules.values()):
@@ -90,11 +91,11 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
         keep = None if lifted else module.keep
         key = (mask, keep.name if keep else None, module.dtype)
         if key not in shared:
-            shared[key] = _treat(plan, mask, keep, module.dtype)
+            shared[key] = _treat(plan, mask, keep, module.dtype, schemes)
             problems += shared[key].problems
+            for o in mask:
+                words.setdefault(o, set()).update(shared[key].live)
         treatment = shared[key]
-        for o in mask:
-            words.setdefault(o, set()).update(treatment.live)
         assignments[module.name] = Assignment(module, treatment.wq, treatment.aq, treatment.algorithm, treatment.origin)
     effective = {o for treatment in shared.values() for o in treatment.live}
     problems += check_shadowed(plan, matched, effective, words, list(modules.values()))
@@ -108,15 +109,21 @@ def _placed(loaded: LoadedPlan, problems: Sequence[Problem]) -> tuple[Problem, .
     return tuple(in_order(dict.fromkeys(loaded.locate(p) for p in problems)))
 
 
-def _treat(plan: Plan, mask: tuple[int, ...], keep: KeepRule | None, dtype: str) -> _Treatment:
+def _treat(
+    plan: Plan,
+    mask: tuple[int, ...],
+    keep: KeepRule | None,
+    dtype: str,
+    schemes: dict[SchemeConfig | None, SchemeConfig | None],
+) -> _Treatment:
     rules = [(plan.default, ("default",)), *((plan.overrides[o], ("overrides", o)) for o in mask)]
     state = cascade(rules, keep)
     live = live_overrides(state, keep)
     if keep is not None:  # an override that keeps what is kept anyway is right, if redundant
         live |= {o for o in mask if keeps(plan.overrides[o])}
     problems: list[Problem] = []
-    wq = _scheme(state, "wq", dtype, problems)
-    aq = _scheme(state, "aq", dtype, problems)
+    wq, aq = (_scheme(state, part, dtype, problems) for part in ("wq", "aq"))
+    wq, aq = (schemes.setdefault(config, config) for config in (wq, aq))
     if aq is not None and wq is None and state["wq.scheme"][0] is None:
         origin = state["aq.scheme"][1]
         problems.append(

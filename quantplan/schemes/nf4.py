@@ -67,7 +67,7 @@ class NF4Quantizer(Quantizer):
         from quantplan.numerics import chance
 
         levels = torch.tensor(LEVELS, device=x.device)
-        y = (x / params["scale"].float()).clamp_(-1, 1)
+        y = (x / params["scale"].float()).clamp_(-1, 1).contiguous()
         if self.generator is None:
             return torch.bucketize(y, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         above = torch.bucketize(y, levels).clamp_(min=1)  # up with probability equal to the distance from the level below
