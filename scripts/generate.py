@@ -1,15 +1,18 @@
 """Prints what a checkpoint says after a prompt, greedily: `python scripts/generate.py DIR PROMPT [TOKENS]`."""
 
+import os
 import sys
+
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 from transformers import AutoTokenizer, logging
 
 import quantplan
 
 
-def main(directory: str, prompt: str, tokens: str = "32") -> None:
+def main(directory: str, prompt: str, tokens: str = "24") -> None:
     """Loads `directory` with transformers and prints the prompt and `tokens` more tokens."""
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = quantplan.load(directory)
     inputs = tokenizer(prompt, return_tensors="pt")

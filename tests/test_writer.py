@@ -269,8 +269,16 @@ def tree_of_old(out: Path) -> dict[str, str] | None:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("before", [absent, another, pytest.param(damaged, marks=SLOW), pytest.param(identical, marks=SLOW)])
-@pytest.mark.parametrize("system", [nothing, no_exchange])
+@pytest.mark.parametrize(
+    ("before", "system"),
+    [
+        (absent, nothing),
+        (another, nothing),
+        (another, no_exchange),
+        pytest.param(absent, no_exchange, marks=SLOW),
+        *(pytest.param(before, system, marks=SLOW) for before in (damaged, identical) for system in (nothing, no_exchange)),
+    ],
+)
 def test_killed_at_every_call(setting: Setting, tmp_path: Path, before: Prepare, system: Any) -> None:
     assert sweep(setting, tmp_path, before, kill, {"killed"}, system) > 80
 
@@ -279,16 +287,17 @@ def test_killed_with_every_write_half_done(setting: Setting, tmp_path: Path) -> 
     assert sweep(setting, tmp_path, absent, kill, {"killed"}, half=True) > 80
 
 
-RARE = [pytest.param(errno.EDQUOT, marks=SLOW), pytest.param(errno.EROFS, marks=SLOW)]
+RARE = [pytest.param(number, marks=SLOW) for number in (errno.EDQUOT, errno.EIO, errno.EROFS)]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, *RARE], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", [errno.ENOSPC, *RARE], ids=errno.errorcode.get)
 @pytest.mark.parametrize("before", [pytest.param(absent, marks=SLOW), another])
 def test_an_error_at_every_call(setting: Setting, tmp_path: Path, before: Prepare, number: int) -> None:
     code = {errno.EIO: "QP403", errno.EROFS: "QP402"}.get(number, "QP401")
     assert sweep(setting, tmp_path, before, fault(number), {code}) > 80
 
 
+@pytest.mark.slow
 def test_an_error_at_every_call_without_exchange(setting: Setting, tmp_path: Path) -> None:
     assert sweep(setting, tmp_path, another, fault(errno.EIO), {"QP403"}, no_exchange) > 80
 

@@ -163,6 +163,9 @@ def evaluate(
 
     KL (nats per token) and agreement are against --reference, the float model.
     """
+    import os
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' own bars; ours is enough
     from quantplan.evaluate import metrics
 
     with show.progress("evaluating", quiet) as advance:
