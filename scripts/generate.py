@@ -1,9 +1,6 @@
 """Prints what a checkpoint says after a prompt, greedily: `python scripts/generate.py DIR PROMPT [TOKENS]`."""
 
-import os
 import sys
-
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 from transformers import AutoTokenizer, logging
 

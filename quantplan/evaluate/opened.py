@@ -47,16 +47,19 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device:
 
 
 def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    path, options = checkpoint.require_path(), {}
+    path = checkpoint.require_path()
+    options: dict[str, Any] = {}
     method, zero_points = _quantization(checkpoint.config)
     if method == "quantplan" or (zero_points and (path / RECORD).exists()):
         from quantplan import load
 
         return load(path, dtype=dtype)
-    if zero_points:  # the package decompresses packed zero points only when asked to
-        options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    if zero_points:  # the compressed-tensors package opens packed zero points only when told to dequantize
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config.quantization_config["dequantize"] = True
+        options["config"] = config
     opened: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
     )

@@ -1,6 +1,6 @@
 """Opens checkpoints with vLLM and writes down what came of it. Run by the Python of vLLM's environment, not by the tests' own.
 
-usage: vllm_run.py generate|schemes REQUEST.json ANSWER.json
+usage: vllm_generate.py generate|schemes REQUEST.json ANSWER.json
 
 generate  loads each model on this machine and generates. Request: {name: {path, prompt, tokens}}; a model with no prompt
           needs no tokenizer. Answer: {name: {text, log_probs of the tokens after the first} or {error}}.

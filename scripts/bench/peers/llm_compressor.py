@@ -1,6 +1,6 @@
 """llm-compressor's data-free path: int4, symmetric, groups of 64, ranges from minimum and maximum.
 
-usage: python llmcompressor.py MODEL OUT WORKERS, with a Python that has llmcompressor
+usage: python llm_compressor.py MODEL OUT WORKERS, with a Python that has llmcompressor
 """
 
 import sys
