@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 # public name -> module; tested to be complete, sorted and importable
 _NAMES = {
-    "Evaluation": "quantplan.evaluate.metrics",
+    "Evaluation": "quantplan.evaluation.metrics",
     "FP4Config": "quantplan.schemes.floating",
     "FP4Quantizer": "quantplan.schemes.floating",
     "FP8Config": "quantplan.schemes.floating",
@@ -32,7 +32,7 @@ _NAMES = {
     "QuantplanError": "quantplan.errors",
     "apply": "quantplan.engine.apply",
     "create_quantizer_from_scheme": "quantplan.faces",
-    "evaluate": "quantplan.evaluate.metrics",
+    "evaluate": "quantplan.evaluation.metrics",
     "load": "quantplan.hf.load",
     "load_plan": "quantplan.plan.load",
     "quantize": "quantplan.nn.quantize",

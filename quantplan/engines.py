@@ -75,7 +75,7 @@ def _vllm_integer_activations(wq: SchemeConfig, aq: SchemeConfig) -> Refusal:
     if wq.strategy == "tensor" and aq.name != "int8":
         return "one scale for the whole tensor needs int8 activations"
     plain = wq.name == aq.name == "int8" and wq.symmetric_grid and wq.strategy in ("channel", "tensor")
-    return None if plain or aq.symmetric_grid else "activations with a zero point need symmetric int8 weights, a scale per channel"
+    return None if plain or aq.symmetric_grid else "activations with a zero point need symmetric int8 weights per channel"
 
 
 def _fused_blocks(a: Assignment) -> Refusal:

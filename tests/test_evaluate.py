@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import quantplan
 from quantplan.errors import QuantplanError
-from quantplan.evaluate import metrics
-from quantplan.evaluate.metrics import Evaluation, evaluate, window_sums
-from quantplan.evaluate.text import read_text, token_windows
+from quantplan.evaluation import metrics
+from quantplan.evaluation.metrics import Evaluation, evaluate, window_sums
+from quantplan.evaluation.text import read_text, token_windows
 
 WORDS = [f"w{i}" for i in range(60)]
 TEXT = " ".join(WORDS[(i * i + 3 * i) % 60] for i in range(200))
@@ -234,7 +234,7 @@ def test_a_model_that_computes_nonsense_is_refused(made: dict[str, Path], tmp_pa
     assert "too large for a number" in raised("QP601", broken, made["data"], length=16)
 
 
-@pytest.mark.parametrize("first", ["", "import quantplan.evaluate.text; ", "from quantplan import Evaluation; "])
+@pytest.mark.parametrize("first", ["", "import quantplan.evaluation.text; ", "from quantplan import Evaluation; "])
 def test_the_public_name_can_be_called_whatever_was_imported_first(first: str) -> None:
     code = f"{first}import sys, quantplan; from quantplan import evaluate; assert 'torch' not in sys.modules; "
     code += "assert evaluate([], 'x') == [] == quantplan.evaluate([], 'x')"

@@ -73,15 +73,13 @@ def test_basic_usage(weights: Tensor, activations: Tensor) -> None:
 
 def test_using_with_quantization_plans(weights: Tensor, activations: Tensor) -> None:
     # Create quantizers through registry
-    (WQ, WCfg), (AQ, ACfg) = create_quantizer_from_scheme(  # noqa: N806
-        {"wq": "int8", "aq": "fp8"}, "bfloat16"
-    )
+    (WQ, WCfg), (AQ, ACfg) = create_quantizer_from_scheme({"wq": "int8", "aq": "fp8"}, "bfloat16")
 
     # Create instances
     w_quantizer = WQ(WCfg())
     a_quantizer = AQ(ACfg())
 
-    assert (WQ, AQ) == (INT8Quantizer, FP8Quantizer)
+    assert WQ is INT8Quantizer and AQ is FP8Quantizer
     assert isinstance(w_quantizer.config, INT8Config) and isinstance(a_quantizer.config, FP8Config)
     quantized = w_quantizer.quantize_weight(weights)
     assert quantized.dtype == torch.bfloat16
@@ -161,7 +159,7 @@ def test_stochastic_rounding_for_training(weights: Tensor) -> None:
     """The seed promises it for all quantizers; the mean of many draws is the weight."""
     for quantizer, config in ALL.values():
         made = quantizer(config(rounding="stochastic", seed=1))
-        mean = torch.stack([made.quantize_weight(weights) for _ in range(64)]).mean(0)
+        mean = torch.stack([made.quantize_weight(weights) for _ in range(32)]).mean(0)
         nearest = quantizer(config()).quantize_weight(weights)
         inside = mean.abs() < 0.6 * weights.abs().amax()  # what saturates is not unbiased
         assert error(mean[inside], weights[inside]) < 0.45 * error(nearest[inside], weights[inside])
@@ -223,7 +221,7 @@ class TestCreateQuantizerFromScheme:
 
     @pytest.mark.parametrize("rule", [{"wq": {"scheme": "int8", "colour": 1}}, {"wq": "nvfp4", "group_size": 32}])
     def test_options_a_scheme_does_not_take_are_refused_at_once(self, rule: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="colour|group_size"):
+        with pytest.raises(ValueError, match=r"colour|group_size"):
             create_quantizer_from_scheme(rule)
 
 

@@ -42,7 +42,7 @@ ORDER = (
         "checkpoint",
         "estimate",
     ),
-    *("explain", "engine", "nn", "hf", "evaluate", "cli", "__main__"),
+    *("explain", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
 LEAVES = ("schemes", "algorithms", "formats")

@@ -18,7 +18,8 @@ from quantplan.errors import QuantplanError
 from quantplan.headers import read_checkpoint, read_header
 from quantplan.scheme import SCHEMES
 
-PLAN = {"default": {"wq": "int4", "group_size": 32}, "overrides": [{"pattern": "*.down_proj", "wq": {"scheme": "int8", "symmetric": False}}]}
+ASYMMETRIC = {"scheme": "int8", "symmetric": False}
+PLAN = {"default": {"wq": "int4", "group_size": 32}, "overrides": [{"pattern": "*.down_proj", "wq": ASYMMETRIC}]}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_missing_and_extra_tensors_are_named(copy: Path, made: tuple[Path, Path]
 
 
 def test_another_plan_or_source_is_noticed(made: tuple[Path, Path], tmp_path: Path) -> None:
-    model, out = made
+    out = made[1]
     assert codes(out, None, {"default": {"wq": "int8"}}) == ["QP804"]
     other = checkpoints.llama(tmp_path / "other", tied=True)
     assert "QP804" in codes(out, other)

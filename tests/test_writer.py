@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from checkpoints import sharded, tree, write
 
+from quantplan.checkpoint import durable
 from quantplan.checkpoint import writer as module
 from quantplan.checkpoint.layout import OutputLayout, output_layout
 from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes, staging_of
@@ -115,7 +116,7 @@ def test_what_is_written_is_where_the_layout_says(setting: Setting, tmp_path: Pa
 # faults
 
 CALLS = [(os, name) for name in ("open", "pwrite", "fsync", "rename", "mkdir", "unlink", "rmdir", "posix_fallocate", "ftruncate")]
-CALLS += [(module, "_rename"), (module.shutil, "copyfileobj")]
+CALLS += [(durable, "rename"), (durable.shutil, "copyfileobj")]
 DIED = 200
 
 
@@ -176,7 +177,7 @@ def at_call(number: int, strike: Callable[[], object], half: bool = False) -> Ca
 
     for owner, name in CALLS:
         setattr(owner, name, wrap(getattr(owner, name), half and name == "pwrite"))
-    module.open = wrap(builtins.open, False)  # type: ignore[attr-defined]
+    module.open = durable.open = wrap(builtins.open, False)  # type: ignore[attr-defined]
     return lambda: calls >= number
 
 
@@ -193,7 +194,7 @@ def fault(number: int) -> Callable[[], object]:
 
 def no_exchange() -> None:
     """A file system without `renameat2`."""
-    module._rename = lambda *arguments: False  # type: ignore[assignment]
+    durable.rename = lambda *arguments: False  # type: ignore[assignment]
 
 
 def nothing() -> None:
@@ -397,7 +398,8 @@ def test_everything_is_synced_before_it_counts(setting: Setting, tmp_path: Path,
     for name, replacement in {"open": os_open, "pwrite": pwrite, "mkdir": mkdir, "rename": rename}.items():
         monkeypatch.setattr(os, name, replacement)
     monkeypatch.setattr(module, "open", opened, raising=False)
-    monkeypatch.setattr(module, "_rename", swap)
+    monkeypatch.setattr(durable, "open", opened, raising=False)
+    monkeypatch.setattr(durable, "rename", swap)
     monkeypatch.setattr(CheckpointWriter, "_discard_staging", lambda self: removed.append(str(tmp_path) in dirty))
     removed: list[bool] = []
     run(setting, out)
@@ -665,12 +667,12 @@ def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     def contend() -> None:
         taken, end = 0, time.monotonic() + 1.0
         while time.monotonic() < end:
-            descriptor, _ = module._lock(lock)
+            descriptor, _ = durable.lock(lock)
             if descriptor is None:
                 continue
             os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
             os.unlink(inside)
-            module._unlock(lock, descriptor)
+            durable.unlock(lock, descriptor)
             taken += 1
         assert taken
 
@@ -715,14 +717,14 @@ def test_an_output_that_appears_is_not_touched(setting: Setting, tmp_path: Path,
     def struck() -> None:
         system()
         if late:
-            real, done = module._rename, []
+            real, done = durable.rename, []
 
             def rename(*arguments: Any) -> bool:
                 if not done:
                     done.append(appear())
                 return real(*arguments)
 
-            module._rename = rename  # type: ignore[assignment]
+            durable.rename = rename  # type: ignore[assignment]
             run(setting, out)
         else:
             with CheckpointWriter(out, setting.layout, FINGERPRINT) as writer:

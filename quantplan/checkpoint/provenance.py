@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantplan.assignment import Assignment
+from quantplan.checkpoint.durable import hash_file
 from quantplan.checkpoint.layout import OutputLayout, json_bytes
 from quantplan.headers import Checkpoint
 from quantplan.plan.resolve import Resolution
@@ -97,7 +98,7 @@ def provenance(
 
 def other_hashes(documents: Mapping[str, bytes], files: Mapping[str, Path]) -> dict[str, str]:
     """sha256 of the documents and side files that stand beside the weights."""
-    return {n: _sha256(d) for n, d in documents.items()} | {n: _sha256(p.read_bytes()) for n, p in files.items()}
+    return {n: _sha256(d) for n, d in documents.items()} | {n: hash_file(p) for n, p in files.items()}
 
 
 def _sha256(data: bytes) -> str:

@@ -9,26 +9,20 @@ directory, and the sibling goes. Killed at any point, OUT is whole, and the same
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from quantplan.checkpoint import durable
 from quantplan.checkpoint.layout import OutputFile, OutputLayout, json_bytes
-from quantplan.errors import QuantplanError, fail, printable
+from quantplan.errors import fail, printable
 from quantplan.headers import TensorInfo
 
-CHUNK = 8 << 20  # bytes read or copied at once
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 IN_THE_WAY = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
-UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 MARKER = "publish.json"  # in the staging directory, from when the output is complete until it is in place and all else is gone
-RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD = 1, 2, -100
 
 
 class CheckpointWriter:
@@ -61,7 +55,7 @@ class CheckpointWriter:
         self._lock = contextlib.ExitStack()
 
     def __enter__(self) -> CheckpointWriter:
-        with _named_errors(self.out):
+        with durable.named_errors(self.out):
             try:
                 self._take_lock()
                 self._open_staging()
@@ -88,13 +82,13 @@ class CheckpointWriter:
     def _take_lock(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         path = self.staging.with_name(f"{self.staging.name}.lock")
-        descriptor, holder = _lock(path)
+        descriptor, holder = durable.lock(path)
         if descriptor is None:
             by = f" ({printable(holder)})" if holder else ""
             raise fail(
                 "QP501", f"another run is writing this output{by}", "wait for it, or choose another output", file=str(self.out)
             )
-        self._lock.callback(_unlock, path, descriptor)
+        self._lock.callback(durable.unlock, path, descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
@@ -114,18 +108,18 @@ class CheckpointWriter:
         if run.exists():
             self._check_fingerprint(run)
             for leftover in (self.staging / MARKER, old):
-                _remove(leftover)
+                durable.remove(leftover)
         else:
-            _remove(self.staging)  # killed before it had a fingerprint: nothing to keep
+            durable.remove(self.staging)  # killed before it had a fingerprint: nothing to keep
             self.staging.mkdir()
-            _write_durably(run, json_bytes(self.fingerprint))
-            _sync_folder(self.staging)
-            _sync_folder(self.out.parent)
+            durable.write_durably(run, json_bytes(self.fingerprint))
+            durable.sync_folder(self.staging)
+            durable.sync_folder(self.out.parent)
         self.folder.mkdir(exist_ok=True)
         self._read_journal()
         for path in self.folder.iterdir():
             if path.name not in self._done:
-                _remove(path)
+                durable.remove(path)
 
     def _check_out(self, how: str) -> None:
         """Raises QP503 unless OUT is absent, or a directory that may be replaced: empty, or a checkpoint."""
@@ -176,11 +170,11 @@ class CheckpointWriter:
     def write_chunks(self, info: TensorInfo, chunks: Iterator[bytes | bytearray | memoryview]) -> None:
         """A tensor's data in consecutive pieces. The file is finished and journalled with its last tensor."""
         digest, at = hashlib.sha256(), info.start
-        with _named_errors(self.folder / info.file):
+        with durable.named_errors(self.folder / info.file):
             descriptor = self._descriptor(info.file)
             for chunk in chunks:
                 digest.update(chunk)
-                at = _write_at(descriptor, chunk, at)
+                at = durable.write_at(descriptor, chunk, at)
             assert at == info.end, f"{info.name}: wrote {at - info.start} of {info.size} bytes"
             self.hashes[info.name] = digest.hexdigest()
             self._left[info.file].discard(info.name)
@@ -192,15 +186,15 @@ class CheckpointWriter:
             file, path = self._files[name], self.folder / f"{name}.part"
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             self._descriptors[name] = descriptor
-            _allocate(descriptor, file.size)
-            _write_at(descriptor, file.header, 0)
+            durable.allocate(descriptor, file.size)
+            durable.write_at(descriptor, file.header, 0)
         return self._descriptors[name]
 
     def _finish(self, file: OutputFile) -> None:
         os.fsync(self._descriptors[file.name])
         os.close(self._descriptors.pop(file.name))
         os.rename(self.folder / f"{file.name}.part", self.folder / file.name)
-        _sync_folder(self.folder)
+        durable.sync_folder(self.folder)
         tensors = {t.name: self.hashes[t.name] for u in file.units for t in u.outputs}
         with open(self.staging / "journal.jsonl", "a", encoding="utf-8") as journal:
             journal.write("\n" + json.dumps({"file": file.name, "tensors": tensors}))  # the last line may be torn
@@ -213,17 +207,17 @@ class CheckpointWriter:
         file is there, and puts the directory in place."""
         missing = [f.name for f in self.layout.files if f.name not in self._done]
         assert not missing, f"not written: {missing}"
-        with _named_errors(self.out):
+        with durable.named_errors(self.out):
             for name, source in side_files.items():
-                _copy(source, self.folder / name)
+                durable.copy(source, self.folder / name)
             for name, data in documents.items():
-                _write_durably(self.folder / name, data)
+                durable.write_durably(self.folder / name, data)
             for folder in {self.folder, *(p.parent for p in self.folder.rglob("*"))}:
-                _sync_folder(folder)
+                durable.sync_folder(folder)
             digest = hashlib.sha256(b"".join(documents.values())).hexdigest()
             marker = {"documents": digest, "names": list(documents), "run": self.fingerprint}
-            _write_durably(self.staging / MARKER, json_bytes(marker))
-            _sync_folder(self.staging)
+            durable.write_durably(self.staging / MARKER, json_bytes(marker))
+            durable.sync_folder(self.staging)
             self._swap()
             self._discard_staging()
 
@@ -231,16 +225,16 @@ class CheckpointWriter:
         self._check_out("appeared while the run went on")
         try:
             if not os.path.lexists(self.out):
-                if not _rename(self.folder, self.out, RENAME_NOREPLACE):
+                if not durable.rename(self.folder, self.out, durable.RENAME_NOREPLACE):
                     os.rename(self.folder, self.out)
-            elif not _rename(self.folder, self.out, RENAME_EXCHANGE):
+            elif not durable.rename(self.folder, self.out, durable.RENAME_EXCHANGE):
                 self._swap_in_two_steps()
         except OSError as error:
             if error.errno not in IN_THE_WAY:
                 raise
             text = f"the output appeared while the run went on: {error.strerror}"
             raise fail("QP503", text, "move it away and repeat the command", file=str(self.out)) from None
-        _sync_folder(self.out.parent)
+        durable.sync_folder(self.out.parent)
 
     def _swap_in_two_steps(self) -> None:
         """For file systems that cannot exchange; a later run mends what a kill in between leaves."""
@@ -258,7 +252,7 @@ class CheckpointWriter:
         try:
             marker = json.loads((self.staging / MARKER).read_text("utf-8"))
             names, digest = marker["names"], marker["documents"]
-            if _digest(self.out, names) != digest or _digest(self.folder, names) == digest:
+            if durable.digest(self.out, names) != digest or durable.digest(self.folder, names) == digest:
                 return None
             return json_bytes(marker["run"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -269,8 +263,8 @@ class CheckpointWriter:
         if self.staging.exists():
             for path in self.staging.iterdir():
                 if path.name != MARKER:
-                    _remove(path)
-        _remove(self.staging)
+                    durable.remove(path)
+        durable.remove(self.staging)
 
 
 def staging_of(out: Path) -> Path:
@@ -288,86 +282,6 @@ def staged_bytes(out: Path) -> int:
     return taken
 
 
-def _lock(path: Path) -> tuple[int | None, str]:
-    """A descriptor that holds the lock at `path`; or None, and what its holder wrote. The kernel releases it with the process."""
-    import fcntl
-
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor, ""
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0)
-            os.close(descriptor)
-            return None, holder.decode("utf-8", "replace").strip()
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # its last holder has removed it since: the next one is at `path`
-
-
-def _unlock(path: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()  # before it is released; `_lock` notices
-    os.close(descriptor)
-
-
-def _digest(folder: Path, names: Iterable[str]) -> str:
-    """sha256 over the content of files; empty when one is missing."""
-    try:
-        return hashlib.sha256(b"".join((folder / name).read_bytes() for name in names)).hexdigest()
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _allocate(descriptor: int, size: int) -> None:
-    """Room for a whole file: no space is found out now, not after an hour. Where that cannot be asked for, only its length."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except AttributeError:  # macOS
-        os.ftruncate(descriptor, size)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        os.ftruncate(descriptor, size)
-
-
-def _write_at(descriptor: int, data: bytes | bytearray | memoryview, at: int) -> int:
-    """Writes all of `data`, however often the system takes only a part; returns where it ends."""
-    view = memoryview(data).cast("B")
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        at, view = at + written, view[written:]
-    return at
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as read, open(target, "wb") as write:
-        shutil.copyfileobj(read, write, CHUNK)
-        write.flush()
-        os.fsync(write.fileno())
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(part, path)
-
-
 def file_matches(path: Path, file: OutputFile, hashes: Mapping[str, str]) -> bool:
     """Whether a written file has the planned size and header and the given hash of every tensor."""
     try:
@@ -375,67 +289,6 @@ def file_matches(path: Path, file: OutputFile, hashes: Mapping[str, str]) -> boo
             if os.fstat(read.fileno()).st_size != file.size or read.read(len(file.header)) != file.header:
                 return False
             tensors = [t for u in file.units for t in u.outputs]
-            return all(hash_range(read.fileno(), t.start, t.size) == hashes.get(t.name) for t in tensors)
+            return all(durable.hash_range(read.fileno(), t.start, t.size) == hashes.get(t.name) for t in tensors)
     except OSError:
         return False
-
-
-def hash_range(descriptor: int, start: int, size: int) -> str:
-    """sha256 of `size` bytes from `start`."""
-    digest = hashlib.sha256()
-    for chunk in read_range(descriptor, start, size):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def read_range(descriptor: int, start: int, size: int) -> Iterator[bytes]:
-    """The bytes from `start`, in chunks; fewer when the file ends before."""
-    end = start + size
-    while start < end:
-        chunk = os.pread(descriptor, min(CHUNK, end - start), start)
-        if not chunk:
-            return
-        start += len(chunk)
-        yield chunk
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename(source: Path, target: Path, flag: int) -> bool:
-    """`renameat2`: atomic, and never over something by accident. False where the system or file system lacks it."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return False
-    if call(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in UNSUPPORTED:
-        return False
-    raise OSError(code, os.strerror(code), str(target))
-
-
-@contextlib.contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """The operating system's refusals as problems that name the file and what to do."""
-    try:
-        yield
-    except QuantplanError:
-        raise
-    except OSError as error:
-        where = str(error.filename or path)
-        if error.errno in NO_SPACE:
-            raise fail(
-                "QP401",
-                f"no space left: {error.strerror}",
-                "free space and repeat the command: it goes on from here",
-                file=where,
-            ) from error
-        if error.errno in NO_PERMISSION:
-            raise fail("QP402", f"not allowed: {error.strerror}", "choose an output where you may write", file=where) from error
-        raise fail("QP403", f"cannot be written: {error.strerror or error}", "", file=where) from error

@@ -166,7 +166,7 @@ def evaluate(
     import os
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' own bars; ours is enough
-    from quantplan.evaluate import metrics
+    from quantplan.evaluation import metrics
 
     with show.progress("evaluating", quiet) as advance:
         found = metrics.evaluate(

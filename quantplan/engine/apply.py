@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantplan.checkpoint.durable import CHUNK
 from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
 from quantplan.checkpoint.provenance import NAME, fingerprint, other_hashes, provenance
 from quantplan.checkpoint.reader import TensorReader, reading
 from quantplan.checkpoint.side_files import output_config, side_files
-from quantplan.checkpoint.writer import CHUNK, CheckpointWriter, staged_bytes
+from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes
 from quantplan.errors import fail
 from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantplan.checkpoint.durable import CHUNK, hash_file, hash_range
 from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
 from quantplan.checkpoint.provenance import NAME, source_of
 from quantplan.checkpoint.reader import TensorReader
-from quantplan.checkpoint.writer import CHUNK, hash_range
 from quantplan.errors import Place, Problem, QuantplanError, fail
 from quantplan.format import FORMATS, Format
 from quantplan.headers import Checkpoint, TensorInfo, read_checkpoint
@@ -134,7 +134,7 @@ def check_record(record: Mapping[str, Any], written: Checkpoint) -> Iterator[Pro
         path = folder / name
         if not path.is_file():
             yield Problem("QP802", "the file is missing", place=Place(name))
-        elif _hash_file(path) != expected:
+        elif hash_file(path) != expected:
             yield Problem("QP801", "the file is not the one recorded", place=Place(name))
     tensors = record["tensors"]
     yield from _names(tensors.keys(), written, "the record")

@@ -35,6 +35,9 @@ class IntegerConfig(SchemeConfig):
     scale_dtype: DType | None = None
     """dtype scales are stored in, and rounded to before codes are chosen; by default that of the weight (bfloat16 for
     float32 weights)"""
+    quotient_dtype: DType = "float32"
+    """dtype that weight / scale is rounded to before it is rounded to a level; float32 finds the nearest level, `bfloat16` is
+    what llm-compressor does with bfloat16 models"""
 
     @property
     def symmetric_grid(self) -> bool:
@@ -87,7 +90,10 @@ class IntegerQuantizer(Quantizer):
 
         levels = 2**self.config.bits - 1
         zero = 2 ** (self.config.bits - 1) if self.config.symmetric else params["zero_point"].float()
-        units = round_to_integers(x / params["scale"].float(), self.generator)
+        units = x / params["scale"].float()
+        if self.config.quotient_dtype != "float32":
+            units = units.to(getattr(torch, self.config.quotient_dtype)).float()
+        units = round_to_integers(units, self.generator)
         return units.add_(zero).clamp_(0, levels).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:

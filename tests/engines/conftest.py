@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from dense_reference import opened
 from engine_plans import Plan
 
 from quantplan.engine.apply import Report, apply
 
 Written = Callable[[Path, str, Plan], Report]
+
+TEXT = (
+    "Quantization maps the weights of a neural network to a small set of values. The largest magnitude of a group decides "
+    "its scale, and everything else is rounded to the nearest multiple. Paris is the capital of France, water boils at 100 "
+    "degrees, and 17 times 3 is 51."
+)
+TOKENS = 64
 
 
 def _setting(name: str, what: str) -> Path:
@@ -45,3 +55,22 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
         return reports[model, name]
 
     return apply_once
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def tokens(tokenizer: Any) -> torch.Tensor:
+    """The text models are compared on, `[1, TOKENS]`."""
+    return tokenizer(TEXT, return_tensors="pt").input_ids[:, :TOKENS]
+
+
+@pytest.fixture(scope="session")
+def dense(smollm2: Path) -> Any:
+    """The float model, whose weights the tests exchange and put back."""
+    return opened(smollm2)

@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantplan.errors import fail
-from quantplan.evaluate.opened import local, open_model
-from quantplan.evaluate.text import check_sizes, token_windows
+from quantplan.evaluation.opened import local, open_model
+from quantplan.evaluation.text import check_sizes, token_windows
 from quantplan.headers import Checkpoint
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, KL divergence and top-1 agreement."""
