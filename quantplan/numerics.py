@@ -69,14 +69,8 @@ def encode_float(x: Tensor, target: FloatFormat, generator: torch.Generator | No
     units = round_to_integers(magnitude.div_(step), generator)  # exact: the step is a power of two
     # `units` holds the implicit bit, so a carry moves into the exponent by itself
     codes = exponent.sub_(smallest).bitwise_left_shift_(target.mantissa_bits).add_(units.to(torch.int32))
-    codes.clamp_(max=_largest_code(target))  # stochastic rounding may step over the maximum
     sign = x.view(torch.int32).bitwise_right_shift(31).bitwise_and_(1).bitwise_left_shift_(target.bits - 1)
     return codes.bitwise_or_(sign).to(torch.uint8)
-
-
-@cache
-def _largest_code(target: FloatFormat) -> int:
-    return int((float_values(target) == target.maximum).nonzero()[0])
 
 
 @cache

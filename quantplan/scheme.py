@@ -44,6 +44,8 @@ class SchemeConfig(BaseModel, ABC):
     default_group_size: ClassVar[int | None] = None  # None: the first of `granularities` is the default
     fixed_group_size: ClassVar[int | None] = None  # the format fixes it (mx, nvfp4)
     tensor_params: ClassVar[frozenset[str]] = frozenset()  # parameters that belong to the whole tensor
+    # options that say how codes are chosen, not what they mean
+    fitting_options: ClassVar[frozenset[str]] = frozenset({"rounding", "seed"})
 
     granularity: Granularity | None = None
     """what shares one scale: the whole `tensor`, an output `channel`, a `group` of columns, a 128x128 `block`, or a `token`
@@ -74,6 +76,10 @@ class SchemeConfig(BaseModel, ABC):
     def plan_options(cls) -> dict[str, Any]:
         """Option name -> pydantic field, as a plan may set them."""
         return {n: f for n, f in cls.model_fields.items() if n not in NOT_IN_PLANS}
+
+    def meaning(self) -> SchemeConfig:
+        """The config with the options that do not matter once codes are chosen at their defaults: equal meanings, equal grids."""
+        return self.model_copy(update={n: f.default for n, f in type(self).model_fields.items() if n in self.fitting_options})
 
     @property
     def strategy(self) -> Granularity:

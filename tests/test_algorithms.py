@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ ALL = configs()
 
 def label(config: SchemeConfig) -> str:
     given = {k: v for k, v in config.model_dump(exclude_defaults=True).items() if v is not None}
-    return "-".join([config.name, *(str(v) if v is not False else f"not_{k}" for k, v in given.items())])
+    return " ".join([config.name, *(f"{k}={v}" for k, v in given.items())])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -78,8 +79,8 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 @pytest.mark.parametrize("config", ALL, ids=label)
 class TestRoundToNearest:
     def test_minmax_is_the_quantizers_own(self, config: SchemeConfig) -> None:
-        x = heavy(130, 192)
-        for absmax in (None, x.abs().amax() * 1.5):
+        for x, factor in product((heavy(130, 192), -heavy(130, 192)), (None, 1.5)):
+            absmax = None if factor is None else x.abs().amax() * factor
             solved = RoundToNearest().solve(x, config.quantizer(), absmax)
             assert same(solved, config.quantizer().quantize(x, absmax)) and solved.scheme == config
 

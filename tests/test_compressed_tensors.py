@@ -69,7 +69,7 @@ ACTIVATIONS: dict[str, SchemeConfig | None] = {
 
 def label(config: SchemeConfig) -> str:
     given = {k: v for k, v in config.model_dump(exclude_defaults=True).items() if v is not None}
-    return "-".join([config.name, *(str(v) if v is not False else f"not_{k}" for k, v in given.items())])
+    return " ".join([config.name, *(f"{k}={v}" for k, v in given.items())])
 
 
 def assigned(wq: SchemeConfig | None, aq: SchemeConfig | None = None, name: str = "m", kind: Kind = "linear") -> Assignment:

@@ -76,7 +76,7 @@ def test_config_names_every_matrix_with_its_schemes(tmp_path: Path) -> None:
     assert listed == {a.name for a in resolution.quantized} and not any("layers.1.mlp" in n for n in listed)
     assert config["groups"][0]["wq"] == {
         **{"scheme": "int4", "granularity": "group", "group_size": 32, "symmetric": True},
-        **{"scale_rule": "qmax", "scale_dtype": "bfloat16"},
+        "scale_dtype": "bfloat16",
     }
     read = QuantplanConfig(**config).treatments()
     for a in resolution.quantized:

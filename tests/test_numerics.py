@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantplan import numerics
 from quantplan.numerics import (
     E2M1,
     E2M3,
@@ -205,6 +206,14 @@ class TestRounding:
         """Adding the random number and taking the floor would: the sum rounds up to the next integer now and then."""
         whole = torch.cat([torch.full((2_000_000,), 127.0), torch.full((2_000_000,), -128.0)])
         assert torch.equal(round_to_integers(whole.clone(), torch.Generator().manual_seed(5)), whole)
+
+    @pytest.mark.parametrize("drawn", [0.0, 1 - 2**-24])
+    def test_stochastic_never_moves_an_integer_whatever_is_drawn(self, drawn: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(numerics, "chance", lambda x, generator: torch.full_like(x, drawn))
+        x = torch.cat([torch.arange(-256.0, 257), torch.arange(-64.0, 64) + 0.5])
+        rounded = round_to_integers(x.clone(), torch.Generator())
+        assert torch.equal(rounded[:513], x[:513])
+        assert torch.equal(rounded[513:], x[513:] + (0.5 if drawn == 0 else -0.5))
 
     def test_random_numbers_lie_in_zero_to_one(self) -> None:
         numbers = chance(torch.zeros(100, 100), torch.Generator().manual_seed(6))

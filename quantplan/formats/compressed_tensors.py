@@ -139,7 +139,7 @@ class CompressedTensors(Format):
         ignored: list[str] = []
         for a in assignments:
             if a.wq is not None:
-                key = (a.wq.model_copy(update={"seed": 0, "rounding": "nearest"}), a.aq)
+                key = (a.wq.meaning(), a.aq)
                 groups.setdefault(key, []).extend(m.name for m in a.matrices)
             elif a.module.matrices and a.module.kind != "embedding":
                 ignored += [m.name for m in a.module.matrices]

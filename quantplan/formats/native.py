@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from quantplan.tensor import QuantizedTensor
 
 VERSION = 1
-FITTING = {"seed", "rounding"}  # options that say how codes were chosen, not what they mean
 
 
 @FORMATS.register("quantplan")
@@ -67,13 +66,12 @@ class Native(Format):
         groups: dict[tuple[SchemeConfig, SchemeConfig | None], list[str]] = {}
         for a in assignments:
             if a.wq is not None:
-                meaning = a.wq.model_copy(update={"seed": 0, "rounding": "nearest"})
-                groups.setdefault((meaning, a.aq), []).extend(m.name for m in a.matrices)
+                groups.setdefault((a.wq.meaning(), a.aq), []).extend(m.name for m in a.matrices)
         return {
             "quant_method": "quantplan",
             "version": VERSION,
             "groups": [
-                {"wq": _options(wq, FITTING), "aq": _options(aq) if aq is not None else None, "modules": names}
+                {"wq": _options(wq, set(wq.fitting_options)), "aq": _options(aq) if aq is not None else None, "modules": names}
                 for (wq, aq), names in groups.items()
             ],
         }

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class IntegerConfig(SchemeConfig):
     """Options of the integer schemes."""
 
+    fitting_options: ClassVar[frozenset[str]] = frozenset({"rounding", "seed", "scale_rule", "quotient_dtype"})
+
     symmetric: bool = True
     """whether zero is the middle of the grid; if not, a zero point is stored with every scale"""
     scale_rule: Literal["qmax", "midpoint", "qmin"] = "qmax"

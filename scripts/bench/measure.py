@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import subprocess
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,19 +25,24 @@ def run(command, env=None, log=None):
     with open(log or os.devnull, "wb") as output:
         started = time.perf_counter()
         process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        together = 0
-        while True:
-            done, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if done:
-                break
-            together = max(together, _memory_of_tree(process.pid))
-            time.sleep(POLL)
+        ended, together = threading.Event(), [0]
+        watcher = threading.Thread(target=_watch, args=(process.pid, ended, together))
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
+        ended.set()
+        watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         tail = Path(log).read_text(errors="replace")[-2000:] if log else ""
         raise Failed(f"{' '.join(map(str, command))} ended with {process.returncode}\n{tail}")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss": max(together, usage.ru_maxrss * 1024)}
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss": max(*together, usage.ru_maxrss * 1024)}
+
+
+def _watch(pid, ended, together):
+    """Adds to `together` the memory of the tree, now and then, until its root has ended."""
+    while not ended.wait(POLL):
+        together.append(_memory_of_tree(pid))
 
 
 def _memory_of_tree(root):

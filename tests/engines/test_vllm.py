@@ -93,7 +93,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shape = {"num_hidden_layers": 2, "vocab_size": 320, "num_attention_heads": 2, "head_dim": 64}
     llama = LlamaConfig(hidden_size=128, intermediate_size=256, num_key_value_heads=2, **shape)
     narrow = LlamaConfig(hidden_size=48, intermediate_size=80, num_key_value_heads=1, **shape)
-    experts = Qwen3MoeConfig(hidden_size=128, moe_intermediate_size=128, num_experts=4, num_key_value_heads=2, **shape)
+    experts = Qwen3MoeConfig(hidden_size=128, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **shape)
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)
     models = {
@@ -153,9 +153,9 @@ def test_vllm_on_a_cpu_writes_sense(
         expected = torch.log_softmax(logits(reference, tokens).float(), -1)
     expected = expected[:-1].gather(1, tokens[0, 1:, None]).squeeze(1)
     found = torch.tensor(answer["log_probs"])
-    print(name, (found - expected).mean(), (found-expected).abs().mean(), (found-expected).abs().max(), expected.mean())
     # its kernels round activations and sums in other places, in bfloat16: single tokens differ, their mean hardly
-    assert abs(found.mean() - expected.mean()) < 0.05
+    assert abs(found.mean() - expected.mean()) < 0.1
+    assert (found - expected).abs().mean() < 0.5
     assert refusal("vllm-cpu", smollm2, ON_CPU[name]) is None
 
 
@@ -175,3 +175,78 @@ def test_the_limits_of_vllm_on_a_cpu(name: str, on_cpu: dict[str, Any], small: d
 @pytest.mark.parametrize("name", ["int4 for int8", "int4 for int4"])
 def test_vllm_on_a_cpu_does_not_quantize_activations_beside_int4(name: str, on_cpu: dict[str, Any]) -> None:
     assert on_cpu[name]["log_probs"] == on_cpu["int4"]["log_probs"]
+
+
+LAYERS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+W8A8_INT8 = {"class": "CompressedTensorsW8A8Int8", "is_static_input_scheme": False}
+W8A8_FP8 = {"class": "CompressedTensorsW8A8Fp8", "is_static_input_scheme": False}
+W8A16_FP8 = {"class": "CompressedTensorsW8A16Fp8"}
+
+
+def packed(bits: int, group: int | None = None, symmetric: bool = True, kind: str = "WNA16") -> dict[str, Any]:
+    """vLLM's class for packed integers."""
+    made = {"class": f"CompressedTensors{kind}", "num_bits": bits, "symmetric": symmetric}
+    return made | ({"group_size": group} if group else {})
+
+
+# plan, and what vLLM chooses on an H100: one class for all layers, one each in the order of LAYERS, or part of an error
+GPU_TRUTH: dict[str, tuple[Plan, Any]] = {
+    "int8": (PLANS["int8"], packed(8)),
+    "int8 for int8": (PLANS["w8a8"], W8A8_INT8 | {"input_symmetric": True}),
+    "int4": (PLANS["int4"], packed(4, 64)),
+    "int4 asymmetric": (PLANS["int4 asymmetric"], packed(4, 64, symmetric=False)),
+    "int6": (PLANS["int6"], packed(6)),
+    "int3": (PLANS["int3"], packed(3, 32)),
+    "int2": (PLANS["int2"], packed(2, 32)),
+    "fp8": (PLANS["fp8"], W8A8_FP8),
+    "fp8 weights": (PLANS["fp8 weights"], W8A16_FP8),
+    "fp8 blocks": (PLANS["fp8 blocks"], [W8A16_FP8, W8A16_FP8, W8A16_FP8, W8A8_FP8]),
+    "nvfp4": (PLANS["nvfp4"], {"class": "CompressedTensorsW4A4Fp4", "use_a16": True}),
+    "mxfp4": (PLANS["mxfp4"], {"class": "CompressedTensorsW4A4Mxfp4"}),
+    "mxfp8": (PLANS["mxfp8"], {"class": "CompressedTensorsW8A8Mxfp8"}),
+    "mxfp6": (PLANS["mxfp6"], NO_SCHEME),
+    "mixed": (PLANS["mixed"], [W8A8_FP8, W8A8_FP8, packed(4, 64), packed(8)]),
+    "some layers": (only("fp8", "fp8", "*.mlp.*"), [None, None, W8A8_FP8, W8A8_FP8]),
+    "int4 for int8": (PLANS["w4a8"], packed(4, 64, kind="WNA8Int")),
+    "int4 for int4": (plan("int4", "int4", group_size=64), packed(4, 64, kind="WNA4Int")),
+    "int4 for fp8": (plan("int4", "fp8", group_size=128), packed(4, 128, kind="W4A8Fp8")),
+    "int4 for fp8, group 64": (plan("int4", "fp8", group_size=64), "group size 128"),
+    "asymmetric int4 for fp8": (plan(INT4_ASYMMETRIC, "fp8", group_size=128), NO_SCHEME),
+    "int8 for fp8": (plan("int8", "fp8"), NO_SCHEME),
+    "int8 for int4": (plan("int8", "int4"), packed(8, kind="WNA4Int")),
+    "int8 for asymmetric int8": (plan("int8", INT8_ASYMMETRIC), W8A8_INT8 | {"input_symmetric": False}),
+    "int4 for asymmetric int8": (plan("int4", INT8_ASYMMETRIC), NO_SCHEME),
+    "int8 tensor for int8": (plan(INT8_TENSOR, "int8"), W8A8_INT8 | {"input_symmetric": True}),
+    "int8 tensor for int4": (plan(INT8_TENSOR, "int4"), NO_SCHEME),
+    "int8 group for int8": (plan("int8", "int8", group_size=64), packed(8, 64, kind="WNA8Int")),
+    "asymmetric int8 for int8": (plan(INT8_ASYMMETRIC, "int8"), packed(8, symmetric=False, kind="WNA8Int")),
+    "fp8 tensor": (plan(FP8_TENSOR, "fp8"), W8A8_FP8),
+    "int8 tensor": (plan(INT8_TENSOR), "Assertion"),
+    "fp8 group weights": (plan("fp8", group_size=64), "num_bits"),
+}
+
+
+@pytest.fixture(scope="module")
+def on_gpu(
+    vllm_python: Path, small: dict[str, Path], written: Written, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What vLLM's own code chooses for everything on a GPU."""
+    modules = [f"model.layers.0.{layer}" for layer in LAYERS] + ["lm_head"]
+    request = {
+        name: {"path": str(written(small["llama"], f"gpu {name}", wanted).out), "modules": modules}
+        for name, (wanted, _) in GPU_TRUTH.items()
+    }
+    return asked(vllm_python, "schemes", request, tmp_path_factory.mktemp("vllm-schemes"))
+
+
+@pytest.mark.parametrize("name", GPU_TRUTH)
+def test_what_vllm_chooses_on_a_gpu(name: str, on_gpu: dict[str, Any], small: dict[str, Path]) -> None:
+    wanted, truth = GPU_TRUTH[name]
+    said = refusal("vllm", small["llama"], wanted)
+    if isinstance(truth, str):
+        assert truth in on_gpu[name]["error"]
+        assert said is not None
+        return
+    classes = truth if isinstance(truth, list) else [truth] * len(LAYERS)
+    assert list(on_gpu[name].values()) == [*classes, None]
+    assert said is None

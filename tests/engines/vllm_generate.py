@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ def generate(path, prompt, tokens):
     llm = LLM(
         path,
         max_model_len=128,
+        max_num_batched_tokens=128,
         max_num_seqs=2,
         enforce_eager=True,
         dtype="bfloat16",
@@ -43,14 +45,26 @@ def generate(path, prompt, tokens):
     return answer
 
 
+def clean_up():
+    """Forgets the last model, and the process groups that were made for its kind."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 def recorder(scheme):
-    """A stand-in for one of vLLM's schemes that remembers what it was made with: the real one wants a GPU's kernels."""
+    """A stand-in for one of vLLM's classes that remembers what it was made with. Most of the real ones look for a GPU's
+    kernels when they are made; those of packed integers only check what they are given, and do."""
     signature = inspect.signature(scheme.__init__)
+    packed = scheme.__name__.startswith(("CompressedTensorsWNA", "CompressedTensorsW4A8Fp8"))
 
     def init(self, *arguments, **options):
-        self.options = signature.bind(self, *arguments, **options).arguments
+        self.recorded = signature.bind(self, *arguments, **options).arguments
+        if packed:
+            scheme.__init__(self, *arguments, **options)
 
-    return type(scheme.__name__, (), {"__init__": init, "get_min_capability": classmethod(lambda cls: 0)})
+    return type(scheme.__name__, (scheme,), {"__init__": init, "recorded": {}})
 
 
 def schemes(path, modules):
@@ -63,7 +77,7 @@ def schemes(path, modules):
         get_device_capability=lambda: DeviceCapability(9, 0), is_xpu=lambda: False, is_cpu=lambda: False
     )
     for name, value in list(vars(module).items()):
-        if name.startswith("CompressedTensorsW") and hasattr(value, "create_weights"):
+        if name.startswith("CompressedTensorsW") and not hasattr(value, "recorded"):
             setattr(module, name, recorder(value))
     config = json.loads((Path(path) / "config.json").read_text())["quantization_config"]
     parsed = module.CompressedTensorsConfig.from_config(config)
@@ -74,7 +88,7 @@ def schemes(path, modules):
     answer = {}
     for name in modules:
         chosen = parsed.get_scheme(torch.nn.Linear(1, 1), name)
-        plain = {} if chosen is None else {k: v for k, v in chosen.options.items() if isinstance(v, int | bool)}
+        plain = {} if chosen is None else {k: v for k, v in chosen.recorded.items() if isinstance(v, int | bool)}
         answer[name] = None if chosen is None else {"class": type(chosen).__name__, **plain}
     return answer
 
@@ -84,12 +98,15 @@ def main():
     run = {"generate": generate, "schemes": schemes}[what]
     answer = {}
     for name, arguments in json.loads(Path(request).read_text()).items():
+        started = time.monotonic()
         try:
             answer[name] = run(**arguments)
         except Exception as error:  # noqa: BLE001  any failure is an answer
             logging.exception("%s", name)
             answer[name] = {"error": f"{type(error).__name__}: {error}"}
-        gc.collect()
+        if what == "generate":
+            clean_up()
+            answer[name]["seconds"] = time.monotonic() - started
         Path(out).write_text(json.dumps(answer))
 
 
