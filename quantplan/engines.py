@@ -28,24 +28,44 @@ def _integer_asymmetric(a: Assignment) -> bool:
     return a.wq is not None and not a.wq.symmetric_grid
 
 
+def _expert(a: Assignment) -> bool:
+    return a.module.kind == "experts" or ".experts." in a.name
+
+
 def _transformers(a: Assignment, dtype: str) -> Refusal:
-    if a.wq is None:
+    wq, aq = a.wq, a.aq
+    if wq is None:
         split = a.module.kind == "experts" and a.module.matrices[0].transposed
         return "beside quantized layers these experts are read one by one, not fused: quantize them too" if split else None
-    if a.wq.name in ("nvfp4", "mxfp4", "mxfp8") and dtype != "bfloat16":
-        return f"{a.wq.name} decompresses to bfloat16, and the model is {dtype or 'not'}"
-    if a.module.kind == "experts" and (_integer_asymmetric(a) or not a.wq.name.startswith(("int", "fp8"))):
-        return "experts are read from symmetric integers and fp8 only"
-    return None
+    if wq.name in ("nvfp4", "mxfp4", "mxfp8") and dtype != "bfloat16":
+        return f"{wq.name} decompresses to bfloat16, and the model is {dtype or 'not'}"
+    return _transformers_experts(wq, aq) if _expert(a) else None
+
+
+def _transformers_experts(wq: SchemeConfig, aq: SchemeConfig | None) -> Refusal:
+    """Experts are read by a path of their own: some layouts stop it, and nvfp4 without its tensor scale is silently wrong."""
+    if wq.name.startswith("int") and wq.symmetric_grid and wq.strategy != "tensor":
+        if wq.name == "int8" and wq.strategy == "channel" and aq is not None and aq.name == "int8":
+            return (
+                "experts in int8 with int8 activations are stored unpacked, and it reads packed integers only (groups are packed)"
+            )
+        return None
+    if wq.name == "mxfp4" or (wq.name == "fp8" and wq.strategy != "group"):
+        return None
+    return "experts are read from packed symmetric integers, mxfp4, and fp8 with a scale per tensor, channel or block only"
 
 
 def _transformers_remark(a: Assignment, dtype: str) -> Refusal:
+    if a.wq is None or _transformers(a, dtype):
+        return None
     if _integer_asymmetric(a):
         return (
             "compressed-tensors 0.18 to 0.20 loads packed integers with a zero point only when told to dequantize: "
             "from_pretrained(out, quantization_config=CompressedTensorsConfig(dequantize=True)), or quantplan.load(out)"
         )
-    if a.wq is not None and a.aq is None and a.wq.name in ("int3", "int5", "int6", "int7"):
+    if a.aq is not None and _expert(a):
+        return f"activations of experts stay {dtype or 'as they are'}: {a.aq.name} is not applied"
+    if a.wq.name in ("int3", "int5", "int6", "int7"):
         return "needs compressed-tensors 0.18 or later, which reads dense 3-, 5-, 6- and 7-bit packing"
     return None
 
@@ -87,10 +107,6 @@ def _fused_blocks(a: Assignment) -> Refusal:
     return f"blocks in a layer it fuses with others need multiples of {BLOCK} rows, this one has {rows}"
 
 
-def _expert(a: Assignment) -> bool:
-    return a.module.kind == "experts" or ".experts." in a.name
-
-
 def _vllm_remark(a: Assignment, dtype: str) -> Refusal:
     if a.wq is not None and a.aq is not None and a.wq.name == "int4" and a.aq.name == "fp8" and not _vllm(a, dtype):
         return "int4 weights with fp8 activations run on Hopper GPUs only (sm_90)"
@@ -111,8 +127,10 @@ def _vllm_cpu(a: Assignment, dtype: str) -> Refusal:
         return None
     if wq.name.startswith("int") and (aq is None or aq.name != "fp8"):
         return _vllm_cpu_packed(a)
+    if wq.name == "fp8" and wq.strategy == "tensor" and aq is not None:
+        return "its CPU build lacks what fp8 weights with one scale for the whole tensor need"
     if wq.name == "fp8" and aq is not None:
-        return None if wq.strategy == "channel" else f"fp8 with a scale per {wq.strategy} needs a CPU with AMX, or a GPU"
+        return "fp8 blocks need a CPU with AMX, or a GPU" if wq.strategy == "block" else None
     return f"has no CPU kernel for {wq.name} weights with {aq.name if aq else 'unquantized'} activations"
 
 

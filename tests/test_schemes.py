@@ -166,6 +166,9 @@ def zero_is_exact(config: SchemeConfig) -> None:
     assert scales_are_positive(q)
     nothing = quantizer.quantize(torch.zeros(ROWS, COLUMNS))
     assert (quantizer.dequantize(nothing) == 0).all() and scales_are_positive(nothing)
+    if "scale_dtype" in type(config).model_fields:
+        assert (nothing.params["scale"] == 1).all()
+        assert (q.params["scale"].unsqueeze(-1)[(quantizer.groups(x) == 0).all(-1)] == 1).all()
     for far in (torch.linspace(5, 6, COLUMNS), -torch.linspace(5, 6, COLUMNS), torch.full((COLUMNS,), 7.3)):
         groups = quantizer.groups(far.repeat(ROWS, 1))
         params = quantizer.fit(groups, absmax=groups.abs().amax())

@@ -43,7 +43,7 @@ class NVFP4Quantizer(Quantizer):
         top = largest_magnitude(x)
         whole = (top.amax() if absmax is None else absmax).float().reshape(1)
         share = E4M3.maximum * E2M1.maximum / whole
-        global_scale = torch.where(torch.isfinite(share) & (whole > 0), share, 1.0)
+        global_scale = torch.where(torch.isfinite(share), share, 1.0)
         codes = encode_float(top * (shrink / E2M1.maximum) * global_scale, E4M3)
         codes = codes.clamp_(min=1)  # a scale of zero could not be divided by
         return {"scale": codes.view(torch.float8_e4m3fn), "global_scale": global_scale}

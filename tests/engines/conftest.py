@@ -74,3 +74,26 @@ def tokens(tokenizer: Any) -> torch.Tensor:
 def dense(smollm2: Path) -> Any:
     """The float model, whose weights the tests exchange and put back."""
     return opened(smollm2)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random models of two layers: of sizes every kernel takes, of sizes few take, and with experts."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    shape = {"num_hidden_layers": 2, "vocab_size": 320, "num_attention_heads": 2, "head_dim": 64}
+    llama = LlamaConfig(hidden_size=128, intermediate_size=256, num_key_value_heads=2, **shape)
+    narrow = LlamaConfig(hidden_size=48, intermediate_size=80, num_key_value_heads=1, **shape)
+    experts = Qwen3MoeConfig(
+        hidden_size=128, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **shape
+    )
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    models = {
+        "llama": LlamaForCausalLM(llama),
+        "narrow": LlamaForCausalLM(narrow),
+        "experts": Qwen3MoeForCausalLM(experts),
+    }
+    for name, model in models.items():
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+    return {name: folder / name for name in models}

@@ -38,23 +38,40 @@ def standing_for(dense: Any, report: Report) -> Iterator[Any]:
     """`dense` with the weights of an output, read by quantplan, and its activations rounded."""
     stored = read_checkpoint(report.out)
     output = FORMATS.get(report.resolution.plan.output.format)()
-    undo, hooks = [], []
+    parameters, undo, hooks = dict(dense.named_parameters()), {}, []
     with TensorReader(report.out, stored.tensors) as reader:
         for a in report.resolution.quantized:
-            module, (matrix,) = dense.get_submodule(a.name), a.matrices
             assert a.wq is not None
-            quantized = output.decode(matrix, a.wq, a.aq, reader.read)
-            undo.append((module.weight, module.weight.data))
-            module.weight.data = a.wq.quantizer().dequantize(quantized).to(torch.bfloat16)
-            if a.aq is not None:
+            for matrix in a.matrices:
+                quantized = output.decode(matrix, a.wq, a.aq, reader.read)
+                weight = a.wq.quantizer().dequantize(quantized).to(torch.bfloat16)
+                name, part = place(matrix.name, weight.shape[0])
+                if name not in undo:
+                    undo[name] = parameters[name].data
+                    parameters[name].data = undo[name].clone()
+                parameters[name].data[part] = weight
+            if a.aq is not None and ".experts." not in a.name:  # transformers does not round the activations of experts
+                module = dense.get_submodule(a.name)
                 hooks.append(module.register_forward_pre_hook(lambda _, args, aq=a.aq: (rounded(args[0], aq),)))
     try:
         yield dense
     finally:
-        for weight, data in undo:
-            weight.data = data
+        for name, data in undo.items():
+            parameters[name].data = data
         for hook in hooks:
             hook.remove()
+
+
+def place(name: str, rows: int) -> tuple[str, Any]:
+    """The parameter that holds a matrix in memory, and which part of it: experts are stored one by one and held together."""
+    base, experts, expert = name.rpartition(".experts.")
+    if not experts:
+        return f"{name}.weight", ...
+    number, part = expert.split(".")
+    if part == "down_proj":
+        return f"{base}.experts.down_proj", int(number)
+    first = rows if part == "up_proj" else 0
+    return f"{base}.experts.gate_up_proj", (int(number), slice(first, first + rows))
 
 
 def rounded(x: torch.Tensor, aq: SchemeConfig) -> torch.Tensor:

@@ -6,6 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from quantplan.headers import read_checkpoint
+from quantplan.plan.load import load_plan
+from quantplan.plan.resolve import resolve
+
 Plan = Path | Mapping[str, Any]
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
@@ -45,3 +51,12 @@ PLANS: dict[str, Plan] = {
     "mxfp8": plan("mxfp8"),
     "mixed": CONFIGS / "mixed.yaml",
 }
+
+
+def refusal(engine: str, model: Path, plan: Plan) -> str | None:
+    """Why `quantplan.engines` says the engine cannot run a plan's output; None when it can."""
+    written = yaml.safe_load(plan.read_text()) if isinstance(plan, Path) else plan
+    resolution = resolve(load_plan({**written, "engines": [engine]}), read_checkpoint(model))
+    problems = [p for p in resolution.problems if p.severity == "error"]
+    assert {p.code for p in problems} <= {"QP116"}, problems
+    return problems[0].message if problems else None

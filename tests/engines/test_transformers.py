@@ -54,9 +54,7 @@ def test_the_comparison_can_fail(smollm2: Path, written: Written, dense: Any, to
     assert torch.equal(logits(dense, tokens), before)
 
 
-def test_packed_zero_points_load_by_default_or_raise(
-    smollm2: Path, written: Written, dense: Any, tokens: torch.Tensor
-) -> None:
+def test_packed_zero_points_load_by_default_or_raise(smollm2: Path, written: Written, dense: Any, tokens: torch.Tensor) -> None:
     """A version of compressed-tensors that cannot read them says so: no wrong numbers."""
     report = written(smollm2, ASYMMETRIC, PLANS[ASYMMETRIC])
     try:

@@ -12,13 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import yaml
 from dense_reference import logits, standing_for
 from engine_plans import BLOCK_ACTIVATIONS, FP8_BLOCK, PLANS, Plan, only, plan
-
-from quantplan.headers import read_checkpoint
-from quantplan.plan.load import load_plan
-from quantplan.plan.resolve import resolve
 
 if TYPE_CHECKING:
     from conftest import Written
@@ -64,6 +59,7 @@ CPU_TRUTH: dict[str, tuple[str, Plan, str | None]] = {
     "asymmetric int8 for int8": ("llama", plan(INT8_ASYMMETRIC, "int8"), NO_KERNEL),
     "fp8": ("llama", plan("fp8", "fp8"), None),
     "fp8 tensor": ("llama", plan(FP8_TENSOR, "fp8"), "static_scaled_fp8_quant"),
+    "fp8 tensor, unfused": ("llama", only(FP8_TENSOR, "fp8", "*.o_proj", "*.down_proj"), "static_scaled_fp8_quant"),
     "fp8 blocks": ("llama", plan(FP8_BLOCK, BLOCK_ACTIVATIONS), NO_KERNEL),
     "fp8 weights": ("llama", plan("fp8"), NO_KERNEL),
     "fp8 tensor weights": ("llama", plan(FP8_TENSOR), NO_KERNEL),
@@ -85,27 +81,6 @@ CPU_TRUTH: dict[str, tuple[str, Plan, str | None]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Random models of two layers: of sizes every kernel takes, of sizes few take, and with experts."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    shape = {"num_hidden_layers": 2, "vocab_size": 320, "num_attention_heads": 2, "head_dim": 64}
-    llama = LlamaConfig(hidden_size=128, intermediate_size=256, num_key_value_heads=2, **shape)
-    narrow = LlamaConfig(hidden_size=48, intermediate_size=80, num_key_value_heads=1, **shape)
-    experts = Qwen3MoeConfig(hidden_size=128, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **shape)
-    folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    models = {
-        "llama": LlamaForCausalLM(llama),
-        "narrow": LlamaForCausalLM(narrow),
-        "experts": Qwen3MoeForCausalLM(experts),
-    }
-    for name, model in models.items():
-        model.to(torch.bfloat16).save_pretrained(folder / name)
-    return {name: folder / name for name in models}
-
-
 def asked(python: Path, what: str, request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What vLLM answers."""
     (folder / "request.json").write_text(json.dumps(request))
@@ -114,15 +89,6 @@ def asked(python: Path, what: str, request: Mapping[str, Any], folder: Path) -> 
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
     return json.loads((folder / "answer.json").read_text())
-
-
-def refusal(engine: str, model: Path, plan: Plan) -> str | None:
-    """Why `quantplan.engines` says the engine cannot run a plan's output; None when it can."""
-    written = yaml.safe_load(plan.read_text()) if isinstance(plan, Path) else plan
-    resolution = resolve(load_plan({**written, "engines": [engine]}), read_checkpoint(model))
-    problems = [p for p in resolution.problems if p.severity == "error"]
-    assert {p.code for p in problems} <= {"QP116"}, problems
-    return problems[0].message if problems else None
 
 
 @pytest.fixture(scope="module")
