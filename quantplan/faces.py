@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from quantplan.errors import fail
+from pydantic import ValidationError
+
+from quantplan.errors import did_you_mean, fail
 from quantplan.scheme import SCHEMES, Quantizer, SchemeConfig
 
 Pair = tuple[type[Quantizer], Callable[..., SchemeConfig]] | tuple[None, None]
@@ -16,7 +18,7 @@ def create_quantizer_from_scheme(scheme: Mapping[str, Any], dtype: str | None = 
     """Seed 001: `((WQ, WCfg), (AQ, ACfg))` from `{'wq': ..., 'aq': ...}`, each a scheme name, an object with `scheme` and its
     options, or null; `WQ(WCfg())` is the quantizer. `group_size` is short for the weight's. `dtype`: of dequantized values.
 
-    Raises QuantplanError QP104 for another key, QP107 for an unknown scheme.
+    Raises QuantplanError QP104 for another key or option, QP105 for a bad value, QP107 for an unknown scheme.
     """
     unknown = scheme.keys() - {"wq", "aq", "group_size"}
     if unknown:
@@ -30,5 +32,12 @@ def _pair(choice: str | Mapping[str, Any] | None, dtype: str | None, short: Mapp
         return None, None
     options = dict(choice) if isinstance(choice, Mapping) else {"scheme": choice}
     config = SCHEMES.get(options.pop("scheme", ""))
-    made = partial(config, **{**options, **short, "dtype": dtype})
-    return type(made().quantizer()), made
+    made = partial(config, **{**short, **options, "dtype": dtype})
+    try:
+        return type(made().quantizer()), made
+    except ValidationError as error:
+        unknown = sorted(options.keys() - config.plan_options().keys())
+        if unknown:
+            text = f"scheme '{config.name}' has no option '{unknown[0]}'"
+            raise fail("QP104", text, did_you_mean(unknown[0], config.plan_options())) from None
+        raise fail("QP105", error.errors()[0]["msg"].removeprefix("Value error, ")) from None

@@ -7,6 +7,7 @@ readers can disagree on which group a module is in.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -135,18 +136,18 @@ class CompressedTensors(Format):
         return QuantizedTensor(codes, params, wq)
 
     def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
-        groups: dict[tuple[Any, ...], list[str]] = {}
+        groups: dict[str, list[str]] = {}  # what readers are told -> modules: options they never see split no group
         ignored: list[str] = []
         for a in assignments:
             if a.wq is not None:
-                key = (a.wq.meaning(), a.aq)
-                groups.setdefault(key, []).extend(m.name for m in a.matrices)
+                groups.setdefault(json.dumps(_group(a.wq, a.aq)), []).extend(m.name for m in a.matrices)
             elif a.module.matrices and a.module.kind != "embedding":
                 ignored += [m.name for m in a.module.matrices]
         if "lm_head" not in ignored and not any("lm_head" in names for names in groups.values()):
             ignored.append("lm_head")  # tied: not stored, but a Linear when loaded
-        kinds = {_storage(wq, aq) for wq, aq in groups}
         everything = [name for names in groups.values() for name in names] + ignored
+        described = [{"targets": _targets(names, everything), **json.loads(group)} for group, names in groups.items()]
+        kinds = {group["format"] for group in described}
         return {
             "quant_method": "compressed-tensors",
             "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
@@ -154,17 +155,18 @@ class CompressedTensors(Format):
             "global_compression_ratio": None,
             "kv_cache_scheme": None,
             "ignore": _targets(ignored, everything),
-            "config_groups": {
-                f"group_{i}": {
-                    "targets": _targets(names, everything),
-                    "format": _storage(wq, aq),
-                    "weights": _arguments(wq),
-                    "input_activations": None if aq is None else _activation_arguments(aq),
-                    "output_activations": None,
-                }
-                for i, ((wq, aq), names) in enumerate(groups.items())
-            },
+            "config_groups": {f"group_{i}": group for i, group in enumerate(described)},
         }
+
+
+def _group(wq: SchemeConfig, aq: SchemeConfig | None) -> dict[str, Any]:
+    """A config group without its targets."""
+    return {
+        "format": _storage(wq, aq),
+        "weights": _arguments(wq),
+        "input_activations": None if aq is None else _activation_arguments(aq),
+        "output_activations": None,
+    }
 
 
 def _targets(names: Sequence[str], everything: Sequence[str]) -> list[str]:

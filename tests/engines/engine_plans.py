@@ -15,6 +15,11 @@ from quantplan.plan.resolve import resolve
 Plan = Path | Mapping[str, Any]
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+INT4_CHANNEL = {"scheme": "int4", "granularity": "channel"}
+INT4_ASYMMETRIC = {"scheme": "int4", "symmetric": False}
+INT8_TENSOR = {"scheme": "int8", "granularity": "tensor"}
+INT8_ASYMMETRIC = {"scheme": "int8", "symmetric": False}
+FP8_TENSOR = {"scheme": "fp8", "granularity": "tensor"}
 FP8_BLOCK = {"scheme": "fp8", "granularity": "block"}
 BLOCK_ACTIVATIONS = {"scheme": "fp8", "group_size": 128}
 

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from dense_reference import logits, opened, standing_for
-from engine_plans import PLANS
+from engine_plans import (
+    BLOCK_ACTIVATIONS,
+    FP8_BLOCK,
+    FP8_TENSOR,
+    INT4_ASYMMETRIC,
+    INT4_CHANNEL,
+    INT8_TENSOR,
+    PLANS,
+    only,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from conftest import Written
@@ -64,3 +74,42 @@ def test_packed_zero_points_load_by_default_or_raise(smollm2: Path, written: Wri
         return
     with standing_for(dense, report) as reference:
         assert torch.equal(logits(model, tokens), logits(reference, tokens))
+
+
+# weights and activations of experts, and what comes of them: the codes' own numbers, an error, or wrong numbers
+EXPERTS: dict[str, tuple[Any, Any, str]] = {
+    "int8": ("int8", None, "right"),
+    "int4": ("int4", None, "right"),
+    "int4 channel": (INT4_CHANNEL, None, "right"),
+    "int3": ("int3", None, "right"),
+    "int4 for int8": ("int4", "int8", "right"),
+    "int8 group for int8": ({"scheme": "int8", "group_size": 64}, "int8", "right"),
+    "int8 for int8": ("int8", "int8", "error"),
+    "int8 tensor": (INT8_TENSOR, None, "error"),
+    "int4 asymmetric": (INT4_ASYMMETRIC, None, "error"),
+    "fp8": ("fp8", "fp8", "right"),
+    "fp8 tensor": (FP8_TENSOR, None, "right"),
+    "fp8 blocks": (FP8_BLOCK, BLOCK_ACTIVATIONS, "right"),
+    "fp8 group": ({"scheme": "fp8", "group_size": 64}, None, "error"),
+    "mxfp4": ("mxfp4", None, "right"),
+    "mxfp6": ("mxfp6", None, "right"),
+    "mxfp8": ("mxfp8", None, "error"),
+    "nvfp4": ("nvfp4", None, "wrong"),
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_read_as_engines_say(name: str, small: dict[str, Path], written: Written) -> None:
+    """Read right, or refused beforehand: also where transformers itself says nothing and computes with wrong weights."""
+    wq, aq, truth = EXPERTS[name]
+    plan = only(wq, aq, "*.experts.*")
+    assert (refusal("transformers", small["experts"], plan) is None) == (truth == "right")
+    report = written(small["experts"], f"only {name}", plan)
+    ids = torch.arange(5, 69)[None]
+    if truth == "error":
+        with pytest.raises(RuntimeError):
+            opened(report.out)
+        return
+    found = logits(opened(report.out), ids)
+    with standing_for(opened(small["experts"]), report) as reference:
+        assert torch.equal(found, logits(reference, ids)) == (truth == "right")

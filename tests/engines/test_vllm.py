@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from dense_reference import logits, standing_for
-from engine_plans import BLOCK_ACTIVATIONS, FP8_BLOCK, PLANS, Plan, only, plan
+from engine_plans import (
+    BLOCK_ACTIVATIONS,
+    FP8_BLOCK,
+    FP8_TENSOR,
+    INT4_ASYMMETRIC,
+    INT4_CHANNEL,
+    INT8_ASYMMETRIC,
+    INT8_TENSOR,
+    PLANS,
+    Plan,
+    only,
+    plan,
+    refusal,
+)
 
 if TYPE_CHECKING:
     from conftest import Written
@@ -31,11 +44,6 @@ MIXED_ON_CPU: Plan = {
 }
 ON_CPU: dict[str, Plan] = {n: PLANS[n] for n in ("int4", "int4 asymmetric", "w8a8", "fp8")} | {"mixed": MIXED_ON_CPU}
 
-INT4_CHANNEL = {"scheme": "int4", "granularity": "channel"}
-INT4_ASYMMETRIC = {"scheme": "int4", "symmetric": False}
-INT8_TENSOR = {"scheme": "int8", "granularity": "tensor"}
-INT8_ASYMMETRIC = {"scheme": "int8", "symmetric": False}
-FP8_TENSOR = {"scheme": "fp8", "granularity": "tensor"}
 NO_KERNEL, NO_BACKEND, NO_SCHEME = "Failed to find a kernel", "MoE backend", "No compressed-tensors compatible scheme"
 # small model, plan, and what vLLM 0.32 says on an x86 CPU without AMX: part of its error, or None when it runs
 CPU_TRUTH: dict[str, tuple[str, Plan, str | None]] = {
