@@ -16,7 +16,7 @@ from quantplan.errors import CodePage, Place, Problem, code_pages, render
 FORMATS = ("text", "json", "github", "gitlab", "sarif", "junit")
 
 # what XML 1.0 forbids, lone surrogates included, and the C1 controls that terminals obey
-_UNSAFE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 _Found = list[tuple[str, Problem]]
 

@@ -15,20 +15,23 @@ W4AFP8_GROUP = 128  # the one group size of vLLM's int4 weights with fp8 activat
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine: the formats it opens, whether it fuses sibling layers, and why it cannot run an assignment (or None)."""
+    """An engine: the formats it opens, whether it fuses sibling layers, why it cannot run an assignment (or None), what to
+    know about one it can, and whether it reads all experts of a model with the scheme of the first."""
 
     name: str
     formats: tuple[str, ...]
     fuses: bool
     refuse: Callable[[Assignment, str], Refusal]
     remark: Callable[[Assignment, str], Refusal] = lambda assignment, dtype: None
+    one_scheme_for_experts: bool = False
 
 
 def _integer_asymmetric(a: Assignment) -> bool:
     return a.wq is not None and not a.wq.symmetric_grid
 
 
-def _expert(a: Assignment) -> bool:
+def is_expert(a: Assignment) -> bool:
+    """Whether it is one of a mixture's experts, or all of them as one tensor; not a shared expert."""
     return a.module.kind == "experts" or ".experts." in a.name
 
 
@@ -39,7 +42,7 @@ def _transformers(a: Assignment, dtype: str) -> Refusal:
         return "beside quantized layers these experts are read one by one, not fused: quantize them too" if split else None
     if wq.name in ("nvfp4", "mxfp4", "mxfp8") and dtype != "bfloat16":
         return f"{wq.name} decompresses to bfloat16, and the model is {dtype or 'not'}"
-    return _transformers_experts(wq, aq) if _expert(a) else None
+    return _transformers_experts(wq, aq) if is_expert(a) else None
 
 
 def _transformers_experts(wq: SchemeConfig, aq: SchemeConfig | None) -> Refusal:
@@ -50,9 +53,9 @@ def _transformers_experts(wq: SchemeConfig, aq: SchemeConfig | None) -> Refusal:
                 "experts in int8 with int8 activations are stored unpacked, and it reads packed integers only (groups are packed)"
             )
         return None
-    if wq.name == "mxfp4" or (wq.name == "fp8" and wq.strategy != "group"):
+    if wq.name in ("mxfp4", "mxfp6") or (wq.name == "fp8" and wq.strategy in ("tensor", "channel")):
         return None
-    return "experts are read from packed symmetric integers, mxfp4, and fp8 with a scale per tensor, channel or block only"
+    return "experts are read from packed symmetric integers, mxfp4, mxfp6, and fp8 with a scale per tensor or channel only"
 
 
 def _transformers_remark(a: Assignment, dtype: str) -> Refusal:
@@ -63,7 +66,7 @@ def _transformers_remark(a: Assignment, dtype: str) -> Refusal:
             "compressed-tensors 0.18 to 0.20 loads packed integers with a zero point only when told to dequantize: "
             "from_pretrained(out, quantization_config=CompressedTensorsConfig(dequantize=True)), or quantplan.load(out)"
         )
-    if a.aq is not None and _expert(a):
+    if a.aq is not None and is_expert(a):
         return f"activations of experts stay {dtype or 'as they are'}: {a.aq.name} is not applied"
     if a.wq.name in ("int3", "int5", "int6", "int7"):
         return "needs compressed-tensors 0.18 or later, which reads dense 3-, 5-, 6- and 7-bit packing"
@@ -102,7 +105,7 @@ def _fused_blocks(a: Assignment) -> Refusal:
     """Blocks must not straddle the matrices of a fused layer. The last of them may end anywhere, but not in experts."""
     part, rows = a.matrices[0].name.rpartition(".")[2], a.matrices[0].rows
     family = next((family for family in SIBLINGS if part in family), None)
-    if family is None or rows % BLOCK == 0 or (part == family[-1] and not _expert(a)):
+    if family is None or rows % BLOCK == 0 or (part == family[-1] and not is_expert(a)):
         return None
     return f"blocks in a layer it fuses with others need multiples of {BLOCK} rows, this one has {rows}"
 
@@ -121,7 +124,7 @@ def _vllm_cpu(a: Assignment, dtype: str) -> Refusal:
     general = _vllm(a, dtype)
     if general:
         return general
-    if _expert(a):
+    if is_expert(a):
         return "quantized experts need a CPU with AMX, or a GPU"
     if wq.name == "int8" and aq is not None and aq.name == "int8" and wq.symmetric_grid and wq.strategy != "group":
         return None
@@ -156,7 +159,7 @@ def _vllm_cpu_remark(a: Assignment, dtype: str) -> Refusal:
 ENGINES: Mapping[str, Engine] = {
     e.name: e
     for e in (
-        Engine("transformers", ("compressed-tensors", "quantplan"), False, _transformers, _transformers_remark),
+        Engine("transformers", ("compressed-tensors", "quantplan"), False, _transformers, _transformers_remark, True),
         Engine("vllm", ("compressed-tensors",), True, _vllm, _vllm_remark),
         Engine("vllm-cpu", ("compressed-tensors",), True, _vllm_cpu, _vllm_cpu_remark),
     )

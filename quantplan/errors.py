@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
 from typing import Literal
 
 Path = tuple[str | int, ...]
@@ -133,6 +132,8 @@ class CodePage:
 @cache
 def code_pages() -> dict[str, CodePage]:
     """Every problem code with its page, read from `codes.md`, in order."""
+    from importlib import resources
+
     text = resources.files("quantplan").joinpath("codes.md").read_text("utf-8")
     parts = re.split(r"^## (QP\d{3}) (.+)$", text, flags=re.MULTILINE)[1:]
     return {c: CodePage(c, t.strip(), body.strip()) for c, t, body in zip(*[iter(parts)] * 3, strict=True)}

@@ -4,15 +4,17 @@ transformers has no entry points for quantization methods, so quantplan's must b
 plan must not wait for transformers to be imported. Hence: now, if the module is there, else right after its first import.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 
-class _Watch(MetaPathFinder):
+class _Watch:
     """Finds nothing itself: hands on what the other finders say of one module, with a call added after its code has run."""
 
     def __init__(self, module: str, then: Callable[[], None]) -> None:
@@ -21,6 +23,8 @@ class _Watch(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != self._module or self._searching:
             return None
+        from importlib.util import find_spec  # here, for it takes longer to import than all of quantplan's start
+
         self._searching = True
         try:
             spec = find_spec(fullname)

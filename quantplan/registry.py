@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from quantplan.errors import did_you_mean, fail
@@ -58,6 +57,8 @@ class Registry(Generic[T]):
                 importlib.import_module(f"quantplan.{self.folder}.{module}")
 
     def _load_entry_point(self, name: str) -> bool:
+        from importlib.metadata import entry_points
+
         for entry in entry_points(group=f"quantplan.{self.folder}", name=name):
             self._members.setdefault(name, entry.load())
             return True

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from quantplan.assignment import Assignment
-from quantplan.engines import ENGINES, Engine
-from quantplan.errors import Path, Problem, listing, printable
+from quantplan.engines import ENGINES, Engine, is_expert
+from quantplan.errors import Path, Problem, Severity, listing, printable
 from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint
 from quantplan.models.modules import fused_groups, text_config
@@ -30,6 +30,7 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
         return
     yield from _held(plan, treated)
     yield from _engines(plan, [a for a in assignments.values() if a.wq is not None or a.module.kind == "experts"])
+    yield from _expert_schemes(plan, assignments)
     yield from _siblings(plan, assignments)
 
 
@@ -114,8 +115,7 @@ def engines_of(plan: Plan) -> list[Engine]:
 
 def _engines(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
     findings, answers = _Findings(), {}
-    # engines the plan does not name are the reader's guess: said, but not an obstacle
-    severity = "note" if plan.engines is None else "error"
+    severity = _severity(plan)
     for index, engine in enumerate(engines_of(plan)):
         if plan.output.format not in engine.formats:
             text = f"engine '{engine.name}' does not read format '{plan.output.format}'"
@@ -139,6 +139,34 @@ def _engines(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
                 if finding:
                     findings.add(a, code, finding, "", _origin(a, "wq.scheme", "aq.scheme"), weight)
     yield from findings.problems()
+
+
+def _expert_schemes(plan: Plan, assignments: Mapping[str, Assignment]) -> Iterator[Problem]:
+    """For engines that read all experts of a model with one scheme: the first one's, or that of the first layer at all."""
+    output = FORMATS.get(plan.output.format)
+    single = [e.name for e in engines_of(plan) if e.one_scheme_for_experts and output.name in e.formats]
+    experts = [a for a in assignments.values() if a.module.matrices and is_expert(a)]
+    if not experts or not single or output.own_reader:
+        return
+    first = next((a for a in experts if a.wq is not None), None)
+    if first is None:
+        leading = next(a.wq.name for a in assignments.values() if a.wq is not None)
+        others = [a for a in experts if a.module.kind == "linear" and leading not in ("fp8", "mxfp8")]
+        reason = f"float experts can be read where the first quantized layer is fp8 or mxfp8, and it is {leading}"
+    else:
+        alike = {(id(a.wq), id(a.aq)): (a.wq, a.aq) == (first.wq, first.aq) for a in experts}
+        others = [a for a in experts if not alike[id(a.wq), id(a.aq)]]
+        reason = f"all experts of a model are read as {first.name} is"
+    if others:
+        text = f"{' and '.join(single)} cannot run this: {reason}; wrong for {listing([a.name for a in others])}"
+        paths = (_origin(a, "wq.scheme", "wq.group_size", "aq.scheme") for a in (others[0], first or others[0]))
+        path = next((p for p in paths if p and p[0] == "overrides"), None)
+        yield Problem("QP116", text, "give all experts one scheme", path, severity=_severity(plan))
+
+
+def _severity(plan: Plan) -> Severity:
+    """Engines the plan does not name are the reader's guess: what they cannot run is said, but no obstacle."""
+    return "note" if plan.engines is None else "error"
 
 
 def _siblings(plan: Plan, assignments: Mapping[str, Assignment]) -> Iterator[Problem]:

@@ -85,7 +85,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     llama = LlamaConfig(hidden_size=128, intermediate_size=256, num_key_value_heads=2, **shape)
     narrow = LlamaConfig(hidden_size=48, intermediate_size=80, num_key_value_heads=1, **shape)
     experts = Qwen3MoeConfig(
-        hidden_size=128, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **shape
+        hidden_size=256, moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, num_key_value_heads=2, **shape
     )
     folder = tmp_path_factory.mktemp("small")
     torch.manual_seed(0)

@@ -89,7 +89,7 @@ EXPERTS: dict[str, tuple[Any, Any, str]] = {
     "int4 asymmetric": (INT4_ASYMMETRIC, None, "error"),
     "fp8": ("fp8", "fp8", "right"),
     "fp8 tensor": (FP8_TENSOR, None, "right"),
-    "fp8 blocks": (FP8_BLOCK, BLOCK_ACTIVATIONS, "right"),
+    "fp8 blocks": (FP8_BLOCK, BLOCK_ACTIVATIONS, "error"),
     "fp8 group": ({"scheme": "fp8", "group_size": 64}, None, "error"),
     "mxfp4": ("mxfp4", None, "right"),
     "mxfp6": ("mxfp6", None, "right"),
@@ -105,6 +105,38 @@ def test_experts_are_read_as_engines_say(name: str, small: dict[str, Path], writ
     plan = only(wq, aq, "*.experts.*")
     assert (refusal("transformers", small["experts"], plan) is None) == (truth == "right")
     report = written(small["experts"], f"only {name}", plan)
+    ids = torch.arange(5, 69)[None]
+    if truth == "error":
+        with pytest.raises(RuntimeError):
+            opened(report.out)
+        return
+    found = logits(opened(report.out), ids)
+    with standing_for(opened(small["experts"]), report) as reference:
+        assert torch.equal(found, logits(reference, ids)) == (truth == "right")
+
+
+# overrides for experts that are not all alike, and what comes of them
+MIXED_EXPERTS: dict[str, tuple[list[tuple[str, Any]], str]] = {
+    "alike, attention not": ([("*.experts.*", "int4"), ("*.self_attn.*", "fp8")], "right"),
+    "kept beside fp8": ([("*.self_attn.*", "fp8")], "right"),
+    "kept beside int4": ([("*.self_attn.*", "int4")], "error"),
+    "kept beside int4, fp8 first": ([("*.self_attn.*", "fp8"), ("*.o_proj", "int4")], "right"),
+    "kept beside fp8, int4 first": ([("*.self_attn.*", "int4"), ("*.o_proj", "fp8")], "error"),
+    "by projection": ([("*.experts.*", "int4"), ("*.experts.*.down_proj", "int8")], "error"),
+    "by projection, silently": ([("*.experts.*", "int8"), ("*.experts.*.down_proj", "int4")], "wrong"),
+    "by layer": ([("*.experts.*", "int4"), ("*.layers.0.*.experts.*", {"group_size": 64})], "error"),
+    "by layer, silently": ([("*.experts.*", "int4"), ("*.layers.1.*.experts.*", "int8")], "wrong"),
+    "a layer kept": ([("*.layers.1.*.experts.*", "int4")], "error"),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_EXPERTS)
+def test_experts_that_are_not_alike_are_refused(name: str, small: dict[str, Path], written: Written) -> None:
+    """transformers reads all experts of a model with the scheme of one group, and may say nothing of it."""
+    overrides, truth = MIXED_EXPERTS[name]
+    plan = {"version": 1, "overrides": [{"pattern": pattern, "wq": wq} for pattern, wq in overrides], "engines": ["transformers"]}
+    assert (refusal("transformers", small["experts"], plan) is None) == (truth == "right")
+    report = written(small["experts"], name, {**plan, "engines": []})
     ids = torch.arange(5, 69)[None]
     if truth == "error":
         with pytest.raises(RuntimeError):
