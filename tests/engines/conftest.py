@@ -48,8 +48,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Applies a plan to a model, once a session: the report, whose `out` nobody may change."""
     folder = tmp_path_factory.mktemp("outputs")
     reports: dict[tuple[Path, str], Report] = {}
+    plans: dict[tuple[Path, str], Plan] = {}
 
     def apply_once(model: Path, name: str, plan: Plan) -> Report:
+        assert plans.setdefault((model, name), plan) == plan, f"two plans are called '{name}'"
         if (model, name) not in reports:
             reports[model, name] = apply(model, plan, folder / f"{model.name} {name}")
         return reports[model, name]

@@ -24,7 +24,7 @@ from engine_plans import (
 if TYPE_CHECKING:
     from conftest import Written
 
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("transformers")]
+pytestmark = pytest.mark.engine
 
 PROMPT = "The capital of Germany is Berlin. The capital of France is"
 ASYMMETRIC = "int4 asymmetric"
