@@ -24,6 +24,7 @@ def llama(layers: int = 2, hidden: int = 576, intermediate: int = 1536, tied: bo
     if not tied:
         tensors["lm_head.weight"] = ["BF16", 1000, hidden]
     config = {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "tie_word_embeddings": tied}
+    config |= {"max_position_embeddings": 2048, "vocab_size": 1000}
     return document(config, tensors)
 
 
@@ -58,6 +59,12 @@ def quantized() -> dict[str, Any]:
     return made
 
 
+def encoder(model_type: str, **config: Any) -> dict[str, Any]:
+    """One attention matrix of a model that writes no text."""
+    tensors: Shapes = {f"{model_type}.encoder.layer.0.attention.self.query.weight": ["F32", 64, 64]}
+    return document({"model_type": model_type, "hidden_size": 64, "num_hidden_layers": 1, **config}, tensors)
+
+
 MODELS = {
     "llama": llama,
     "untied": lambda: llama(tied=False),
@@ -65,6 +72,8 @@ MODELS = {
     "moe": mixture,
     "fused": lambda: mixture(fused=True),
     "quantized": quantized,
+    "bert": lambda: encoder("bert", vocab_size=100, max_position_embeddings=512, architectures=["BertForMaskedLM"]),
+    "vit": lambda: encoder("vit", image_size=224, num_channels=3, architectures=["ViTForImageClassification"]),
     "remote_code": lambda: {**llama(), "config": {**llama()["config"], "auto_map": {"AutoModel": "modeling_x.X"}}},
 }
 

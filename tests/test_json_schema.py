@@ -17,7 +17,7 @@ from quantplan.plan.source import read_source
 CHECKER = jsonschema.Draft202012Validator(plan_schema())
 PLANS = sorted(p for p in (Path(__file__).parent / "plans").iterdir() if p.suffix in (".json", ".yaml"))
 # what no JSON Schema can see: regular expressions, and settings that contradict each other
-BEYOND = {"bad_pattern", "contradictions", "wrong_values"}
+BEYOND = {"bad_pattern", "contradictions", "wrong_values", "calibration_contradictions", "calibration_extension"}
 
 
 def test_the_schema_is_one() -> None:

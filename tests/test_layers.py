@@ -41,6 +41,7 @@ ORDER = (
         "plan",
         "checkpoint",
         "estimate",
+        "calibration",
     ),
     *("explain", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
 )

@@ -45,7 +45,9 @@ def plan_schema() -> dict[str, Any]:
         "anyOf": [{"type": "array", "items": {"enum": sorted(ENGINES)}}, NULL],
         "description": top["engines"]["description"],
     }
-    for key in ("transforms", "kv_cache", "calibration"):
+    calibration = {"type": "string", "minLength": 1, "description": "the source alone"}
+    top["calibration"]["anyOf"].insert(0, calibration)
+    for key in ("transforms", "kv_cache"):
         empty = {"type": "array", "maxItems": 0} if key == "transforms" else NULL
         top[key] = {**empty, "description": f"{top[key]['description']} (not available yet)"}
     top["defaults"] = {**top["default"], "description": "another spelling of `default`"}

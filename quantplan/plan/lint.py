@@ -11,6 +11,7 @@ from quantplan.errors import Path, Problem, Severity, listing, printable
 from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint
 from quantplan.models.modules import fused_groups, text_config
+from quantplan.plan.calibration import check_fit
 from quantplan.plan.schema import Plan
 
 
@@ -18,6 +19,8 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
     """Every finding about assignments, one problem a cause with the modules it is about. `in_memory`: nothing is
     written, so formats and engines have no say."""
     yield from _source(checkpoint)
+    if plan.calibration is not None:
+        yield from check_fit(plan.calibration, checkpoint.config)
     treated = [a for a in assignments.values() if a.wq is not None]
     if not treated:
         everything = plan.default.wq is None and not any(o.wq for o in plan.overrides)

@@ -15,8 +15,9 @@ from quantplan.algorithm import ALGORITHMS
 from quantplan.engines import ENGINES
 from quantplan.errors import Path, Problem, QuantplanError, did_you_mean, errors_in, fail, printable
 from quantplan.format import FORMATS
+from quantplan.plan.calibration import KEY, check_source
 from quantplan.plan.pattern import check_pattern
-from quantplan.plan.schema import Override, Plan, Rule
+from quantplan.plan.schema import Calibration, Output, Override, Plan, Rule
 from quantplan.plan.source import Source, read_source
 from quantplan.registry import Registry
 from quantplan.scheme import SCHEMES
@@ -107,7 +108,7 @@ def _leave_out(data: dict[str, Any], problem: Problem) -> None:
     """Removes the field a problem is about. An override whose pattern is bad matches nothing, and may."""
     path = problem.path or ()
     if path[:1] != ("overrides",) or len(path) < 2:
-        names = [str(part) for part in path[: 2 if path[:1] in (("default",), ("output",)) else 1]] or [""]
+        names = [str(part) for part in path[: 2 if path[:1] in (("default",), ("output",), (KEY,)) else 1]] or [""]
         holder = data if len(names) < 2 else data.get(names[0])
         if isinstance(holder, dict):
             holder.pop(names[-1], None)
@@ -153,10 +154,8 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys allowed where an unknown one was found."""
     if len(loc) == 1:
         return [f.alias or n for n, f in Plan.model_fields.items()]
-    if loc[0] == "output":
-        from quantplan.plan.schema import Output
-
-        return list(Output.model_fields)
+    if loc[0] in (KEY, "output"):
+        return list((Calibration if loc[0] == KEY else Output).model_fields)
     return list((Override if loc[0] == "overrides" else Rule).model_fields)
 
 
@@ -170,7 +169,9 @@ def check_plan(plan: Plan) -> Iterator[Problem]:
             reason = check_pattern(pattern)
             if reason:
                 yield Problem("QP109", f"pattern {reason}", path=(*path, "pattern", place))
-    for key in ("transforms", "kv_cache", "calibration"):
+    if plan.calibration is not None:
+        yield from check_source(plan.calibration)
+    for key in ("transforms", "kv_cache"):
         if getattr(plan, key):
             yield Problem(
                 "QP108", f"'{key}' is not available yet", "remove it: this version quantizes without data", (key,), True

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from pydantic_core import PydanticCustomError
 
 DEFAULT_FORMAT = "compressed-tensors"
 DEFAULT_SHARD_SIZE = 5_000_000_000
+SELF = "self"  # the calibration source that is the model itself
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -46,9 +47,18 @@ def parse_size(value: Any) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def _source_alone(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"source": value}
+    if isinstance(value, dict):
+        return value
+    raise PydanticCustomError("calibration", "expected a source or an object of settings")
+
+
 Choice = Annotated[str | dict[str, Any], BeforeValidator(_name_or_options)]
 Patterns = Annotated[list[str], BeforeValidator(_names)]
 Size = Annotated[int, BeforeValidator(parse_size)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 
 
 class PlanModel(BaseModel):
@@ -94,6 +104,36 @@ class Output(PlanModel):
     """dtype of what stays in floating point; the source's own by default"""
 
 
+class Calibration(PlanModel):
+    """Which tokens are run through the model to see its activations. The same settings give the same tokens."""
+
+    source: NonEmpty = SELF
+    """text (.txt, .text, .raw, .md), .jsonl, .json or .parquet, a folder of those, token ids (.safetensors), a `datasets` id or a
+    folder that its `save_to_disk` wrote, or `self`: text the model writes; paths are relative to the plan's file"""
+    subset: NonEmpty | None = None
+    """configuration of a `datasets` id"""
+    split: NonEmpty = "train"
+    """split of a `datasets` source; slices such as `train[:1%]` too"""
+    field: NonEmpty = "text"
+    """key or column that holds the text; rows without it may hold a chat in `messages`"""
+    samples: PositiveInt = 128
+    """how many sequences"""
+    sequence_length: Annotated[int, Field(ge=2)] = 512
+    """tokens in a sequence; where it is not given and the model has fewer positions, that many"""
+    seed: NonNegativeInt = 0
+    """which sequences are taken, and what the model writes; 0 is a seed like any other"""
+    shuffle: bool = True
+    """false: the first sequences in their order, whatever the seed"""
+    skip_tokens: NonNegativeInt = 1
+    """positions at the start of each sequence that statistics leave out, and with them every begin-of-sequence token; 0: none"""
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Calibration:
+        if self.skip_tokens >= self.sequence_length:
+            raise ValueError(f"skip_tokens: leaves nothing of sequences of {self.sequence_length} tokens")
+        return self
+
+
 class Plan(PlanModel):
     """A quantization plan."""
 
@@ -109,8 +149,8 @@ class Plan(PlanModel):
     """equivalent rewrites before quantization"""
     kv_cache: Choice | None = None
     """scheme of the key-value cache"""
-    calibration: str | dict[str, Any] | None = None
-    """text to calibrate with"""
+    calibration: Annotated[Calibration, BeforeValidator(_source_alone)] | None = None
+    """what to calibrate with: a source alone, or an object of settings"""
     output: Output = Output()
     """what is written"""
     engines: list[str] | None = None
