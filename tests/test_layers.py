@@ -43,7 +43,7 @@ ORDER = (
         "estimate",
         "calibration",
     ),
-    *("explain", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
+    *("explain", "live", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
 LEAVES = ("schemes", "algorithms", "formats")

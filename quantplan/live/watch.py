@@ -1,0 +1,76 @@
+"""Seeing the inputs of matrices while a block runs, whatever computes with them: linears, Conv1D, slabs of fused experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from quantplan.errors import fail
+
+Seen = Callable[[str, int | None, Tensor], None]
+
+# function -> positions of what is multiplied: the weight is one of the two
+_LINEARS = {functional.linear}
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm), (0, 1)),
+    **dict.fromkeys((torch.Tensor.__matmul__, torch.Tensor.__rmatmul__), (0, 1)),
+    **dict.fromkeys((torch.addmm, torch.baddbmm, torch.Tensor.addmm, torch.Tensor.baddbmm), (1, 2)),
+}
+
+
+@contextmanager
+def watching(block: nn.Module, seen: Seen, prefix: str = "") -> Iterator[None]:
+    """While it is open, `seen(name, index, inputs)` is called before each product with a loaded parameter of `block`: its
+    name (after `prefix` and a dot), the slab of a 3-D one, and what it is multiplied with, `[tokens, features]`."""
+    start = f"{prefix}." if prefix else ""
+    with _Watch({f"{start}{name}": p for name, p in block.named_parameters() if p.dim() > 1}, seen):
+        yield
+
+
+class _Watch(TorchFunctionMode):
+    """Knows a parameter by its memory, so that views of it (a transpose, a slab, a reshape) are known too."""
+
+    def __init__(self, parameters: dict[str, Tensor], seen: Seen) -> None:
+        super().__init__()
+        self._parameters = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items() if not p.is_meta}
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _LINEARS:
+            inputs, weight = (*args, kwargs.get("weight"))[:2] if args else (kwargs["input"], kwargs["weight"])
+            self._look(inputs, weight)
+        elif func in _PRODUCTS:
+            left, right = (args[i] if i < len(args) else None for i in _PRODUCTS[func])
+            if func is torch.Tensor.__rmatmul__:
+                left, right = right, left
+            if not self._look(left, right):
+                self._look(right, left, turned=True)
+        return func(*args, **kwargs)
+
+    def _look(self, inputs: Any, weight: Any, turned: bool = False) -> bool:
+        """`turned`: the weight is on the left, and the features of `inputs` run along the axis before the last."""
+        if not isinstance(weight, Tensor) or not isinstance(inputs, Tensor) or weight.is_meta:
+            return False
+        name, parameter = self._parameters.get(weight.untyped_storage().data_ptr(), ("", None))
+        if parameter is None:
+            return False
+        inputs = inputs.transpose(-1, -2) if turned and inputs.dim() > 1 else inputs
+        if parameter.dim() == 2:
+            if weight.numel() != parameter.numel():
+                text = f"the model multiplies with a part of '{name}' only, so its inputs are not seen whole"
+                raise fail("QP225", text, "keep it, or use an algorithm without calibration, such as rtn", tensor=name)
+            self._seen(name, None, inputs.detach().reshape(-1, inputs.shape[-1]))
+            return True
+        slab = parameter.stride(0)
+        first, count = weight.storage_offset() // slab, max(1, weight.numel() // slab)
+        parts = inputs.detach().reshape(count, -1, inputs.shape[-1])
+        for i in range(count):
+            self._seen(name, first + i, parts[i])
+        return True
