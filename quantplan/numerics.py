@@ -105,6 +105,23 @@ def round_through(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.clamp(min=smallest, max=info.max).to(dtype)
 
 
+def count_bfloat16(x: Tensor) -> Tensor:
+    """How often each bfloat16 occurs among finite values `x`, any shape, rounded to it: int64 `[65536]`, by code."""
+    largest = torch.finfo(torch.bfloat16).max
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device=x.device)
+    for piece in x.reshape(-1).split(1 << 20):
+        codes = piece.bfloat16().clamp(-largest, largest).view(torch.int16).int().bitwise_and_(0xFFFF)
+        counts += torch.bincount(codes, minlength=1 << 16)
+    return counts
+
+
+def counted_values(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The values that `count_bfloat16` counted, float32, rising, and how often each occurs, int64; on the CPU."""
+    codes = counts.cpu().nonzero().squeeze(-1)
+    values, order = codes.to(torch.int16).view(torch.bfloat16).float().sort()
+    return values, counts.cpu()[codes[order]]
+
+
 PIECE = 1 << 18  # codes packed at a time: what is in between stays in a core's cache
 
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from quantplan.errors import fail
 from quantplan.registry import Registry
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from quantplan.observer import Observer, Range
     from quantplan.tensor import QuantizedTensor
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
@@ -147,6 +149,8 @@ class Quantizer(ABC):
         self.config = config
         self._stream = stream
         self._generator: torch.Generator | None = None
+        self._observer: Observer | None = None
+        self._range: Range | None = None  # of activations, once calibrated
 
     @abstractmethod
     def fit(self, x: Tensor, shrink: float = 1.0, absmax: Tensor | None = None) -> Params:
@@ -173,6 +177,17 @@ class Quantizer(ABC):
             # torch's generator takes 32 bits of its seed and drops the rest
             self._generator = torch.Generator().manual_seed(zlib.crc32(f"{self.config.seed} {self._stream}".encode()))
         return self._generator
+
+    def fit_range(self, known: Range) -> Params:
+        """Parameters for values known to lie in a range, one for the tensor or one for each channel (static activations).
+
+        They are what `fit` gives a group of the range's two ends, and so what it gives any group with these extremes, exactly:
+        no scheme asks more of a group. Shapes are those of `known.low` with a last axis of 1. Raises NonFinite.
+        """
+        import torch
+
+        ends = torch.stack([known.low, known.high], -1)
+        return self.fit(ends, absmax=ends.abs().amax() if self.config.needs_absmax else None)
 
     def groups(self, x: Tensor) -> Tensor:
         """A matrix `[rows, columns]` as groups `[down, across, size]`; blocks at the edges are padded with zeros."""
@@ -230,8 +245,31 @@ class Quantizer(ABC):
         return self.fake_quantize(weight.reshape(weight.shape[0], -1) if weight.dim() > 2 else weight).view(weight.shape)
 
     def quantize_activation(self, x: Tensor) -> Tensor:
-        """Seed 001's word: activations `[..., features]` rounded to the grid, ranges taken from `x` itself (dynamic)."""
-        return self.fake_quantize(x)
+        """Seed 001's word: activations `[..., features]` rounded to the grid, with the range an observer found once
+        `calibrate_finish` was called (static), else with ranges taken from `x` itself (dynamic). Raises NonFinite."""
+        import torch
+
+        if self._range is None or x.numel() == 0:
+            return self.fake_quantize(x)
+        known = self._range.to(x.device)
+        if self.config.needs_absmax:  # what belongs to the whole tensor is static, its groups stay dynamic
+            return self.fake_quantize(x, known.absmax.amax())
+        check_finite(torch.stack(torch.aminmax(x)))
+        # one parameter, or one for each feature
+        params = {name: p.squeeze(-1) for name, p in self.fit_range(known).items()}
+        dtype = getattr(torch, self.config.dtype) if self.config.dtype else x.dtype
+        return self.decode(self.encode(x.float(), params), params).to(dtype)
+
+    def attach_observer(self, observer: Observer) -> None:
+        """Seed 001's word: `calibrate_finish` will take the range of activations from this observer."""
+        self._observer = observer
+
+    def calibrate_finish(self) -> None:
+        """Seed 001's word: from now on `quantize_activation` uses the range the observer found, unless the observer is one
+        that leaves activations dynamic. Raises QuantplanError QP603 without an observer, or when it has seen nothing."""
+        if self._observer is None:
+            raise fail("QP603", "no observer is attached to the quantizer", "call attach_observer first")
+        self._range = None if self._observer.config.dynamic else self._observer.result(self)
 
 
 class NonFinite(ValueError):

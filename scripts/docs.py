@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = "<!-- made by scripts/docs.py; do not edit -->\n\n"
@@ -38,14 +40,63 @@ def schemes() -> str:
 
     parts = [NOTE + "# Schemes and algorithms\n\nWhat a plan may write for `wq`, `aq` and `algorithm`, and their options.\n"]
     for registry in (SCHEMES, ALGORITHMS):
-        for member in registry:
-            text = " ".join((member.__doc__ or "").split())
-            parts.append(f"## {member.name}\n\n{text}\n\n| option | default | meaning |\n|---|---|---|")
-            for name, field in member.plan_options().items():
-                default = "" if field.default is None else f"`{json.dumps(field.default)}`"
-                parts[-1] += f"\n| `{name}` | {default} | {' '.join((field.description or '').split())} |"
-            parts[-1] += "\n"
+        parts += [section(member, member.plan_options()) for member in registry]
     return "\n".join(parts)
+
+
+def section(member: Any, options: Mapping[str, Any]) -> str:
+    """One member of a registry: what its class says of itself, and a table of its options."""
+    text = f"## {member.name}\n\n{' '.join((member.__doc__ or '').split())}\n"
+    if options:
+        text += "\n| option | default | meaning |\n|---|---|---|\n"
+    for name, field in options.items():
+        default = "" if field.default is None else f"`{json.dumps(field.default)}`"
+        text += f"| `{name}` | {default} | {' '.join((field.description or '').split())} |\n"
+    return text
+
+
+OBSERVERS = """# Observers
+
+An observer turns a stream of tensors into a range, from which a scheme makes static quantization parameters.
+
+```python
+from quantplan import INT8Config, INT8Quantizer, MinMaxObserver
+from quantplan.observer import OBSERVERS
+
+quantizer = INT8Quantizer(INT8Config(symmetric=True))
+observer = OBSERVERS.get("percentile")(percentile=99.9).observer()  # or MinMaxObserver()
+quantizer.attach_observer(observer)
+for batch, mask in data:
+    observer.update(batch, mask)  # mask: which tokens count; NaN and infinity raise NonFinite
+quantizer.calibrate_finish()  # quantize_activation now uses the range found
+
+observer.merge(other)  # what another observer of the same options saw, on another device or process
+tensors = observer.state()  # for safetensors; load_state takes them back
+found = observer.result()  # Range: low, high
+```
+
+Under the names of torch.ao.quantization the same observers are modules with `dtype`, `qscheme`, `quant_min`, `quant_max` and
+`reduce_range`: `observer(x)` returns `x`, `calculate_qparams()` gives torch's scale and zero point, `with_args` makes a factory.
+They are {modules}.
+
+| observer | for | order of batches, merging |
+|---|---|---|
+{rows}
+"""
+
+
+def observers() -> str:
+    """Every observer with its options."""
+    import quantplan
+    from quantplan.observer import OBSERVERS as REGISTRY
+
+    modules = ", ".join(f"`{name}`" for name in quantplan.__all__ if name.endswith("Observer"))
+    rows = "\n".join(
+        f"| [`{member.name}`](#{member.name}) | {member.use} | {'matters' if member.order_matters else 'the same, exactly'} |"
+        for member in REGISTRY
+    )
+    parts = [NOTE + OBSERVERS.replace("{modules}", modules).replace("{rows}", rows)]
+    return "\n".join([*parts, *(section(member, member.options()) for member in REGISTRY)])
 
 
 def documents() -> dict[str, str]:
@@ -55,6 +106,7 @@ def documents() -> dict[str, str]:
     return {
         "docs/commands.md": commands(),
         "docs/schemes.md": schemes(),
+        "docs/observers.md": observers(),
         "docs/codes.md": NOTE + (ROOT / "quantplan/codes.md").read_text(),
         "configs/plan.schema.json": json.dumps(plan_schema(), indent=1) + "\n",
     }

@@ -28,6 +28,8 @@ ORDER = (
         "tensor",
         "scheme",
         "schemes",
+        "observer",
+        "observers",
         "algorithm",
     ),
     *(
@@ -46,7 +48,7 @@ ORDER = (
     *("explain", "live", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
-LEAVES = ("schemes", "algorithms", "formats")
+LEAVES = ("schemes", "observers", "algorithms", "formats")
 TORCH_FREE = ORDER[: ORDER.index("explain") + 1]
 
 

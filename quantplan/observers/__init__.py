@@ -1,0 +1,1 @@
+"""Observers, one file each; found by the registry, imported by nobody."""
