@@ -40,7 +40,7 @@ def find_blocks(model: Any) -> Blocks:
     A stack is a ModuleList outside of every other one, in the part of the model that reads its first input: the language
     model of a vision-language one, both halves of an encoder-decoder.
     """
-    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
+    lists = [(name, part) for name, part in model.named_modules() if _holds_blocks(part)]
     outermost = [(n, part) for n, part in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
     reads = _reading_part(model)
     sizes = {n: _matrix_weights(part) for n, part in outermost if n.startswith(reads)}
@@ -54,6 +54,11 @@ def find_blocks(model: Any) -> Blocks:
     return Blocks(tuple(stacks), outside)
 
 
+def _holds_blocks(part: nn.Module) -> bool:
+    """Whether it is a list of modules that are made of modules: a list of linears is a layer in pieces."""
+    return isinstance(part, nn.ModuleList) and len(part) > 0 and all(any(True for _ in item.children()) for item in part)
+
+
 def _matrix_weights(part: nn.Module) -> int:
     return sum(p.numel() for p in part.parameters() if p.dim() > 1)
 
@@ -62,12 +67,14 @@ def _reading_part(model: Any) -> str:
     """Prefix of the submodel that the model's first input goes to, '' for the whole model."""
     if model.config.is_encoder_decoder:
         return ""
-    embedding = model.get_input_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return ""
     path = next((name for name, part in model.named_modules() if part is embedding), "")
     parts = path.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         prefix = ".".join(parts[:depth])
-        lists = [m for m in model.get_submodule(prefix).modules() if isinstance(m, nn.ModuleList) and len(m)]
-        if lists:
+        if any(_holds_blocks(part) for part in model.get_submodule(prefix).modules()):
             return f"{prefix}."
     return ""

@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import Cache
 
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.errors import fail
 from quantplan.live.blocks import Blocks
+from quantplan.live.watch import Seen, Watch
 from quantplan.live.weights import RTN_DOES_WITHOUT, Weights
 
 Inputs = Mapping[str, Tensor]
+Arguments = tuple[Any, ...]
+Options = dict[str, Any]
+Own = Callable[..., Any]  # a block's own forward
+OnBlock = Callable[[int, int, Own, Arguments, Options], Any]  # stack, block in it, and what it is called with
 REMEMBERED = 8  # tensors of one shape that later ones are compared with, to keep equal ones once
 
 
@@ -30,8 +38,8 @@ REMEMBERED = 8  # tensors of one shape that later ones are compared with, to kee
 class Call:
     """What one block is called with for one batch, but for the hidden state: `None` stands in its place."""
 
-    arguments: tuple[Any, ...]
-    options: Mapping[str, Any]
+    arguments: Arguments
+    options: Options
     place: int | str  # of the hidden state: a position, or a name
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
@@ -72,71 +80,162 @@ def model_inputs(model: Any, tokens: Tensor) -> dict[str, Tensor]:
 
 class Forward:
     """The forward pass of a skeleton, cut at its blocks. Only parameters outside of the blocks are loaded by it, and released
-    when a method is done; blocks are loaded and called by whoever has this object."""
+    when a method is done; blocks are loaded and called by whoever has this object.
+
+    Methods that take `seen` call it as `watching` does, for matrices outside of the blocks.
+    """
 
     def __init__(self, blocks: Blocks, weights: Weights, reader: TensorReader) -> None:
         self.blocks, self.weights, self.reader = blocks, weights, reader
         self.model = weights.model
-        self._returned: dict[int, Any] = {}  # stack -> what its blocks return beside the hidden state
-        self._outside = _outside(blocks, weights)
+        inside = tuple(f"{stack.name}." for stack in blocks.stacks)
+        self._outside = frozenset(name for name in weights.under("") if not name.startswith(inside))
+        self._order: list[list[int]] = []  # for each stack, the blocks that run
+        self._returned: dict[int, Any] = {}  # stack -> what its blocks return, None in place of the hidden state
 
-    def capture(self, stack: int, batches: Iterable[Inputs], finished: Sequence[Sequence[Tensor]] = ()) -> Captured:
+    def capture(
+        self, stack: int, batches: Iterable[Inputs], finished: Sequence[Sequence[Tensor]] = (), seen: Seen | None = None
+    ) -> Captured:
         """What the blocks of stack number `stack` are called with. `finished`: for each stack before it, the last hidden
-        states, one a batch. Raises QP224 for a model that does anything to hidden states between its blocks."""
-        hidden: list[Tensor] = []
-        calls: list[list[Call]] = [[] for _ in self.blocks.stacks[stack].blocks]
-        same = _Same()
-        with self._loading():
-            for i, inputs in enumerate(batches):
-                recorder = _Recorder(self, stack, same, [states[i] for states in finished])
-                recorder.run(inputs)
-                hidden.append(recorder.first)
-                for k, call in enumerate(recorder.calls):
-                    calls[k].append(call)
-        return Captured(hidden, calls)
+        states, one a batch. A block that does not run for these inputs (cross attention without an image) has no calls.
 
-    def outputs(self, batches: Iterable[Inputs], finished: Sequence[Sequence[Tensor]]) -> Iterator[Any]:
+        Raises QP224 for a model that does not hand one hidden state on from block to block, each once.
+        """
+        captured = Captured([], [[] for _ in self.blocks.stacks[stack].blocks])
+        same, left = _Same(), iter(batches)
+        for first in itertools.islice(left, 1):
+            if not self._order:
+                self._rehearse(first)
+            with self._loading(seen) as loaded:
+                for i, inputs in enumerate(itertools.chain((first,), left)):
+                    recorder = _Recorder(self, stack, same, loaded, [states[i] for states in finished])
+                    with contextlib.suppress(_Stop):
+                        self._run(inputs, recorder.on_block)
+                    captured.hidden.append(recorder.first)
+                    for k, call in recorder.calls.items():
+                        captured.calls[k].append(call)
+        return captured
+
+    def outputs(self, batches: Iterable[Inputs], finished: Sequence[Sequence[Tensor]], seen: Seen | None = None) -> Iterator[Any]:
         """What the model returns (`.logits`) for each batch, given the last hidden states of every stack."""
-        with self._loading():
+        with self._loading(seen) as loaded:
             for i, inputs in enumerate(batches):
-                yield _Recorder(self, len(self.blocks.stacks), _Same(), [states[i] for states in finished]).run(inputs)
+                states = [states[i] for states in finished]
+                yield self._run(inputs, _Recorder(self, len(states), _Same(), loaded, states).on_block)
+
+    def _rehearse(self, inputs: Inputs) -> None:
+        """Learns from one sequence which blocks run, and what they return beside the hidden state."""
+        few = {name: value[:1] for name, value in inputs.items()}
+        order: list[tuple[int, int]] = []
+
+        def on_block(number: int, k: int, own: Own, arguments: Arguments, options: Options) -> Any:
+            if (number, k) in order or (order and (number, k) < order[-1]):
+                name = self.blocks.stacks[number].blocks[k]
+                raise self.unfit(f"does not run its blocks one after the other ('{name}' comes out of turn)")
+            order.append((number, k))
+            if number not in self._returned:
+                self._returned[number] = self.run_block(number, k, own, arguments, options)
+            hidden = _find_hidden(arguments, options, None)[1]
+            assert hidden is not None
+            return _with_hidden(self._returned[number], hidden)
+
+        with self._loading(None):
+            try:
+                self._run(few, on_block)
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+                raise self.unfit(f"cannot run with its blocks taken out: {str(error).splitlines()[0]}") from error
+        self._order = [[k for n, k in order if n == number] for number in range(len(self.blocks.stacks))]
+        for stack, ran in zip(self.blocks.stacks, self._order, strict=True):
+            if not ran:
+                raise self.unfit(f"never runs '{stack.blocks[0]}' for these inputs")
+
+    def run_block(self, number: int, k: int, own: Own, arguments: Arguments, options: Options) -> Any:
+        """What a block of stack `number` returns beside the hidden state, by running it."""
+        name = self.blocks.stacks[number].blocks[k]
+        self.weights.load(name, self.reader)
+        output = own(*arguments, **options)
+        self.weights.release(name)
+        hidden = _find_hidden(arguments, options, None)[1]
+        if hidden is None or hidden_of(output).shape != hidden.shape:
+            raise self.unfit(f"has blocks that change the shape of the hidden state ('{name}')")
+        return None if isinstance(output, Tensor) else (None, *output[1:])
+
+    def unfit(self, what: str) -> Exception:
+        """QP224 for this model."""
+        return fail("QP224", f"{type(self.model).__name__} {what}", RTN_DOES_WITHOUT, file=self.weights.checkpoint.source)
 
     @contextlib.contextmanager
-    def _loading(self) -> Iterator[None]:
-        mode = _LoadedOnUse(self.weights, self.reader, self._outside)
-        buffers = [n for n in self.weights.under("") if n in self._outside and n not in self.weights.empty()]
+    def _loading(self, seen: Seen | None) -> Iterator[_LoadedOnUse]:
+        buffers = [n for n in self._outside if n not in self.weights.empty()]
         self.weights.load_parameters(buffers, self.reader)
+        watch = Watch({}, seen) if seen is not None else None
+        mode = _LoadedOnUse(self.weights, self.reader, self._outside, watch)
         try:
-            with mode, torch.no_grad():
-                yield
+            with watch or contextlib.nullcontext(), mode, torch.no_grad():
+                yield mode
         finally:
             self.weights.release_parameters(mode.loaded)
 
+    def _run(self, inputs: Inputs, on_block: OnBlock) -> Any:
+        """The model's forward with stubs. A stub is an attribute of the instance, which a module's call finds before its
+        class's `forward`; it is taken away again."""
+        options: dict[str, Any] = dict(inputs)
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            options["use_cache"] = False
+        with contextlib.ExitStack() as undo:
+            for number, stack in enumerate(self.blocks.stacks):
+                for k, name in enumerate(stack.blocks):
+                    undo.enter_context(_replaced(self.model.get_submodule(name), partial(_stub, on_block, number, k)))
+            return self.model(**options)
 
-def _outside(blocks: Blocks, weights: Weights) -> frozenset[str]:
-    inside = tuple(f"{stack.name}." for stack in blocks.stacks)
-    return frozenset(name for name in weights.under("") if not name.startswith(inside))
+    def ran(self, number: int) -> list[int]:
+        """The blocks of stack `number` that run."""
+        return self._order[number]
+
+    def returned(self, number: int) -> Any:
+        """What the blocks of stack `number` return, None in place of the hidden state; None if that is all."""
+        return self._returned[number]
+
+
+@contextlib.contextmanager
+def _replaced(block: nn.Module, stub: Callable[..., Any]) -> Iterator[None]:
+    own, before = block.forward, block.__dict__.get("forward")
+    block.forward = partial(stub, own)
+    try:
+        yield
+    finally:
+        if before is None:
+            del block.forward
+        else:
+            block.forward = before
+
+
+def _stub(on_block: OnBlock, number: int, k: int, own: Own, *arguments: Any, **options: Any) -> Any:
+    return on_block(number, k, own, arguments, options)
 
 
 class _LoadedOnUse(TorchFunctionMode):
     """Loads a parameter that is still on meta when anything computes with it: whichever way the model's code comes by it."""
 
-    def __init__(self, weights: Weights, reader: TensorReader, names: frozenset[str]) -> None:
+    def __init__(self, weights: Weights, reader: TensorReader, names: frozenset[str], watch: Watch | None) -> None:
         super().__init__()
-        self._weights, self._reader = weights, reader
+        self._weights, self._reader, self._watch = weights, reader, watch
         self._names = {id(p): name for name, p in weights.empty().items() if name in names}
-        self.loaded: list[str] = []
+        self.loaded: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*tree_map(self._real, args), **tree_map(self._real, kwargs or {}))
+        return func(*tree_map(self.real, args), **tree_map(self.real, kwargs or {}))
 
-    def _real(self, value: Any) -> Any:
+    def real(self, value: Any) -> Any:
+        """`value`, or the parameter that it stands for."""
         name = self._names.get(id(value)) if isinstance(value, nn.Parameter) else None
         if name is None:
             return value
         if name not in self.loaded:
             self._weights.load_parameters([name], self._reader)
-            self.loaded.append(name)
+            self.loaded.add(name)
+            if self._watch is not None:
+                self._watch.add(name, self._weights.model.get_parameter(name))
         return self._weights.model.get_parameter(name)
 
 
@@ -162,121 +261,61 @@ class _Same:
         return value
 
 
-@dataclass
 class _Recorder:
-    """One forward of the model with stubs: blocks of stacks before `stack` return what they are `finished` with, its own
-    record their calls and pass the hidden state on."""
+    """What stubs do for one batch: blocks of stacks before `stack` return what they are `finished` with, its own record their
+    calls and pass the hidden state on."""
 
-    forward: Forward
-    stack: int
-    same: _Same
-    finished: list[Tensor]
-    calls: list[Call] = field(default_factory=list)
-
-    @property
-    def first(self) -> Tensor:
-        return self._first
-
-    def run(self, inputs: Inputs) -> Any:
-        model, stacks = self.forward.model, self.forward.blocks.stacks
-        options: dict[str, Any] = dict(inputs)
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            options["use_cache"] = False
+    def __init__(self, forward: Forward, stack: int, same: _Same, loaded: _LoadedOnUse, finished: Sequence[Tensor]) -> None:
+        self._forward, self._stack, self._same, self._loaded, self._finished = forward, stack, same, loaded, finished
+        self.calls: dict[int, Call] = {}
+        self.first: Tensor = torch.empty(0)
         self._last: Tensor | None = None
-        self._own: dict[str, Callable[..., Any]] = {}
-        with contextlib.ExitStack() as undo:
-            for number, stack in enumerate(stacks):
-                for k, name in enumerate(stack.blocks):
-                    undo.enter_context(self._replaced(number, k, name))
-            try:
-                output = model(**options)
-            except _Stop:
-                return None
-        if self.stack < len(stacks):
-            text = f"{type(model).__name__} never ran '{stacks[self.stack].blocks[-1]}' for these inputs"
-            raise fail("QP224", text, RTN_DOES_WITHOUT)
-        return output
+        self._returned: Any = None
 
-    @contextlib.contextmanager
-    def _replaced(self, number: int, k: int, name: str) -> Iterator[None]:
-        """The stub is an attribute of the instance, which a module's call finds before its class's `forward`."""
-        block = self.forward.model.get_submodule(name)
-        own, before = block.forward, block.__dict__.get("forward")
-
-        def stub(*arguments: Any, **options: Any) -> Any:
-            if number < self.stack:
-                return self._pass(number, k, arguments, options)
-            return self._record(number, k, own, arguments, options)
-
-        block.forward = stub
-        try:
-            yield
-        finally:
-            if before is None:
-                del block.forward
-            else:
-                block.forward = before
-
-    def _pass(self, number: int, k: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        """What a block of a finished stack returns: only the last one's hidden state is looked at."""
-        return _with_hidden(self.forward._returned.get(number), self.finished[number])
-
-    def _record(
-        self, number: int, k: int, own: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]
-    ) -> Any:
-        blocks, model = self.forward.blocks.stacks[number].blocks, self.forward.model
-        if number != self.stack or k != len(self.calls):
-            text = f"{type(model).__name__} does not run its blocks one after the other ('{blocks[k]}' out of turn)"
-            raise fail("QP224", text, RTN_DOES_WITHOUT)
+    def on_block(self, number: int, k: int, own: Own, arguments: Arguments, options: Options) -> Any:
+        """One stub. A finished stack's hidden state is the same from its first block on: only what its last one returns is
+        looked at."""
+        forward = self._forward
+        if number < self._stack:
+            return _with_hidden(forward.returned(number), self._finished[number])
+        name, order = forward.blocks.stacks[number].blocks[k], forward.ran(number)
+        if len(self.calls) == len(order) or order[len(self.calls)] != k:
+            raise forward.unfit(f"runs '{name}' for one sequence and not for another")
         place, hidden = _find_hidden(arguments, options, self._last)
         if place is None or hidden is None:
-            text = f"{type(model).__name__} does something to the hidden state before '{blocks[k]}'"
-            raise fail("QP224", text, RTN_DOES_WITHOUT)
-        if k == 0:
-            self._first = hidden
-        left = list(arguments), dict(options)
-        left[isinstance(place, str)][place] = None  # type: ignore[index]
-        self.calls.append(Call(tuple(tree_map(self.same, left[0])), tree_map(self.same, left[1]), place))
-        _refuse_state(self.calls[-1], blocks[k])
-        returned = self._returned(number, blocks[0], k, own, arguments, options)
-        self._last = hidden
-        if k == len(blocks) - 1:
+            raise forward.unfit(f"does something to the hidden state before '{name}'")
+        call = self._call(arguments, options, place)
+        if any(isinstance(value, Cache) for value in tree_flatten((call.arguments, call.options))[0]):
+            raise forward.unfit(f"calls '{name}' with a cache although none was asked for")
+        if not self.calls:
+            self.first, self._returned = hidden, forward.returned(number)
+            # tensors beside the hidden state (T5's position bias) are made by the first block and go on to the others
+            if any(isinstance(value, Tensor) for value in tree_flatten(self._returned)[0]):
+                self._returned = forward.run_block(number, k, own, arguments, options)
+        self.calls[k], self._last = call, hidden
+        if len(self.calls) == len(order):
             raise _Stop
-        return _with_hidden(returned, hidden)
+        return _with_hidden(self._returned, hidden)
 
-    def _returned(
-        self, number: int, name: str, k: int, own: Callable[..., Any], arguments: tuple[Any, ...], options: Mapping[str, Any]
-    ) -> Any:
-        """What a block returns beside the hidden state, learnt by running the first one. Tensors there (T5's position bias)
-        go on to the other blocks, so that it then runs for every batch."""
-        known = self.forward._returned
-        rest = [v for v in tree_flatten(known[number])[0] if isinstance(v, Tensor)] if number in known else None
-        if k == 0 and (rest is None or rest):
-            self.forward.weights.load(name, self.forward.reader)
-            output = own(*arguments, **options)
-            self.forward.weights.release(name)
-            known[number] = None if isinstance(output, Tensor) else (None, *output[1:])
-        return known[number]
+    def _call(self, arguments: Arguments, options: Options, place: int | str) -> Call:
+        plain = [None if at == place else value for at, value in enumerate(arguments)]
+        named = {name: None if name == place else value for name, value in options.items()}
+        return Call(tuple(tree_map(self._kept, plain)), tree_map(self._kept, named), place)
+
+    def _kept(self, value: Any) -> Any:
+        """A parameter is handed on as its values, which stay when the parameter is released."""
+        value = self._loaded.real(value)
+        return self._same(value.detach() if isinstance(value, nn.Parameter) else value)
 
 
 def _with_hidden(returned: Any, hidden: Tensor) -> Any:
     return hidden if returned is None else (hidden, *returned[1:])
 
 
-def _find_hidden(
-    arguments: tuple[Any, ...], options: Mapping[str, Any], last: Tensor | None
-) -> tuple[int | str | None, Tensor | None]:
+def _find_hidden(arguments: Arguments, options: Options, last: Tensor | None) -> tuple[int | str | None, Tensor | None]:
     """Where the hidden state is: the very tensor that the block before returned; for the first block, the first float."""
     every: list[tuple[int | str, Any]] = [*enumerate(arguments), *options.items()]
     for place, value in every:
         if isinstance(value, Tensor) and (value is last if last is not None else value.is_floating_point()):
             return place, value
     return None, None
-
-
-def _refuse_state(call: Call, name: str) -> None:
-    """A call that is made again and again must not depend on when it is made."""
-    from transformers import Cache
-
-    if any(isinstance(value, Cache) for value in tree_flatten((call.arguments, dict(call.options)))[0]):
-        raise fail("QP224", f"'{name}' is called with a cache although none was asked for", RTN_DOES_WITHOUT)

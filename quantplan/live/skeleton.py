@@ -58,7 +58,10 @@ def skeleton(
     except (ImportError, ValueError, AttributeError, KeyError, NotImplementedError) as error:
         text = f"transformers cannot build the model: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         raise fail("QP222", text, "calibration needs the model's code; 'rtn' does without", file=str(folder)) from error
-    for name, parameter in model.named_parameters():
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if not parameter.is_meta:  # made in a way that no device context reaches
+            owner, last = owner_of(model, name)
+            parameter = owner._parameters[last] = nn.Parameter(parameter.to("meta"), requires_grad=False)
         parameter.requires_grad_(False)
         if parameter.is_floating_point() and _stays_float32(model, name, dtype):
             parameter.data = parameter.data.float()

@@ -25,52 +25,72 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
 
 
 @contextmanager
-def watching(block: nn.Module, seen: Seen, prefix: str = "") -> Iterator[None]:
+def watching(block: nn.Module, seen: Seen, prefix: str = "") -> Iterator[Watch]:
     """While it is open, `seen(name, index, inputs)` is called before each product with a loaded parameter of `block`: its
     name (after `prefix` and a dot), the slab of a 3-D one, and what it is multiplied with, `[tokens, features]`."""
     start = f"{prefix}." if prefix else ""
-    with _Watch({f"{start}{name}": p for name, p in block.named_parameters() if p.dim() > 1}, seen):
-        yield
+    with Watch({f"{start}{name}": p for name, p in block.named_parameters() if p.dim() > 1}, seen) as watch:
+        yield watch
 
 
-class _Watch(TorchFunctionMode):
-    """Knows a parameter by its memory, so that views of it (a transpose, a slab, a reshape) are known too."""
+class Watch(TorchFunctionMode):
+    """Knows a parameter by its memory, so that views of it (a transpose, a slab, a reshape) are known too.
+
+    `input_axis`: for each parameter seen, -1 if its rows are outputs (`[out, in]`, as linears have it), -2 if they are inputs.
+    """
 
     def __init__(self, parameters: dict[str, Tensor], seen: Seen) -> None:
         super().__init__()
-        self._parameters = {p.untyped_storage().data_ptr(): (name, p) for name, p in parameters.items() if not p.is_meta}
+        self._parameters: dict[int, tuple[str, Tensor]] = {}
         self._seen = seen
+        self.input_axis: dict[str, int] = {}
+        for name, parameter in parameters.items():
+            self.add(name, parameter)
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """Looks out for one more parameter, unless it is on meta."""
+        if not parameter.is_meta:
+            self._parameters[parameter.untyped_storage().data_ptr()] = name, parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _LINEARS:
             inputs, weight = (*args, kwargs.get("weight"))[:2] if args else (kwargs["input"], kwargs["weight"])
-            self._look(inputs, weight)
+            self._look(inputs, weight, -1)
         elif func in _PRODUCTS:
             left, right = (args[i] if i < len(args) else None for i in _PRODUCTS[func])
             if func is torch.Tensor.__rmatmul__:
                 left, right = right, left
-            if not self._look(left, right):
-                self._look(right, left, turned=True)
+            if not self._look(left, right, -2):
+                self._look(right, left, -1, turned=True)
         return func(*args, **kwargs)
 
-    def _look(self, inputs: Any, weight: Any, turned: bool = False) -> bool:
-        """`turned`: the weight is on the left, and the features of `inputs` run along the axis before the last."""
+    def _look(self, inputs: Any, weight: Any, axis: int, turned: bool = False) -> bool:
+        """`axis`: of `weight`, along which features run. `turned`: the weight is on the left, and the features of `inputs` run
+        along the axis before the last."""
         if not isinstance(weight, Tensor) or not isinstance(inputs, Tensor) or weight.is_meta:
             return False
-        name, parameter = self._parameters.get(weight.untyped_storage().data_ptr(), ("", None))
-        if parameter is None:
+        known = self._parameters.get(weight.untyped_storage().data_ptr())
+        if known is None or known[1].dim() < 2:
             return False
+        name, parameter = known
         inputs = inputs.transpose(-1, -2) if turned and inputs.dim() > 1 else inputs
         if parameter.dim() == 2:
             if weight.numel() != parameter.numel():
                 text = f"the model multiplies with a part of '{name}' only, so its inputs are not seen whole"
                 raise fail("QP225", text, "keep it, or use an algorithm without calibration, such as rtn", tensor=name)
+            self.input_axis[name] = _axis(weight, parameter, axis)
             self._seen(name, None, inputs.detach().reshape(-1, inputs.shape[-1]))
             return True
+        self.input_axis[name] = _axis(weight, parameter, axis)
         slab = parameter.stride(0)
         first, count = weight.storage_offset() // slab, max(1, weight.numel() // slab)
         parts = inputs.detach().reshape(count, -1, inputs.shape[-1])
         for i in range(count):
             self._seen(name, first + i, parts[i])
         return True
+
+
+def _axis(weight: Tensor, parameter: Tensor, axis: int) -> int:
+    """Which axis of `parameter` is `axis` of its view `weight`."""
+    return -1 if weight.stride(axis) == parameter.stride(-1) else -2

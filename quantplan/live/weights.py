@@ -7,6 +7,7 @@ tensors of one module, so that parameters equal those of `from_pretrained` bit f
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -64,7 +65,7 @@ class Place:
 
     def view(self, model: nn.Module) -> Tensor:
         """The rows themselves, `[rows, columns]`: a view of the loaded parameter, so that `copy_` changes the model."""
-        slab = model.get_parameter(self.parameter)
+        slab: Tensor = model.get_parameter(self.parameter)
         slab = slab if self.index is None else slab[self.index]
         return (slab.t() if self.transposed else slab)[self.first : self.first + self.rows]
 
@@ -115,6 +116,12 @@ class Weights:
                 found.setdefault((place.parameter, place.index), []).append(name)
         return found
 
+    def sharing(self, name: str) -> list[str]:
+        """The other parameters made of the same stored tensors as parameter `name`: whoever changes one changes them all."""
+        tensors = {tensor for tensor, _ in self.origins[name].tensors}
+        same = (n for n, o in self.origins.items() if n != name and any(tensor in tensors for tensor, _ in o.tensors))
+        return [n for n in same if n not in self.origins[name].parameters or self.origins[name].conversion is None]
+
     def under(self, prefix: str) -> list[str]:
         """The parameters and persistent buffers of the module called `prefix` ('' is the model)."""
         start = f"{prefix}." if prefix else ""
@@ -137,7 +144,7 @@ class Weights:
             origin = self.origins.get(name)
             if origin is None:
                 del left[name]
-                self._leave_or_fail(name)
+                self._compute(name)
                 continue
             made = self._make(name, origin, reader, dtype)
             for target in [n for n in made if n in left]:
@@ -146,10 +153,18 @@ class Weights:
             if name in left:
                 raise fail("QP223", f"transformers makes no '{name}' of the tensors for it", RTN_DOES_WITHOUT)
 
-    def _leave_or_fail(self, name: str) -> None:
-        if name in self._empty:
+    def _compute(self, name: str) -> None:
+        """What is in no file: buffers have their values; parameters that transformers says may be missing (sinusoids) are made
+        by the model's own initialization, everything else about their module being marked as done."""
+        if name not in self._empty:
+            return
+        if not any(re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_missing or ()):
             text = f"no file has a tensor for the model's parameter '{name}'"
             raise fail("QP221", text, "is the checkpoint complete?", file=self.checkpoint.source, tensor=name)
+        owner, last = owner_of(self.model, name)
+        owner._parameters[last] = nn.Parameter(torch.empty_like(self._empty[name], device="cpu"), requires_grad=False)
+        owner._is_hf_initialized = False  # type: ignore[assignment]
+        self.model.initialize_weights()
 
     def _current(self, name: str) -> Tensor:
         owner, last = owner_of(self.model, name)

@@ -37,7 +37,7 @@ KEEP_RULES = (
                 "*.wte",
                 "*.wpe",
             ),
-            *("wte", "wpe", "shared", "*.embed_in", "*.relative_attention_bias", "*.embed_tokens_per_layer"),
+            *("wte", "wpe", "shared", "*.shared", "*.embed_in", "*.relative_attention_bias", "*.embed_tokens_per_layer"),
         ),
         "looked up, not multiplied",
     ),
