@@ -14,6 +14,7 @@ from quantplan.errors import fail
 from quantplan.format import FORMATS
 from quantplan.headers import read_checkpoint, read_config
 from quantplan.hf.plugin import QuantplanConfig
+from quantplan.live.skeleton import model_class
 from quantplan.models.modules import EXPERT_PARTS, Matrix
 from quantplan.scheme import SchemeConfig
 
@@ -36,20 +37,11 @@ def load(out: str | os.PathLike[str], **options: Any) -> Any:
         place, options = None, {**options, **_as_native(folder, options)}
     elif method not in ("quantplan", None):
         raise fail("QP222", f"quantized by '{method}'", "open it with transformers' from_pretrained", file=str(folder))
-    model, found = _model_class(config).from_pretrained(place, output_loading_info=True, **options)
+    model, found = model_class(config).from_pretrained(place, output_loading_info=True, **options)
     lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith("weight_"))
     if lost:
         raise fail("QP221", "tensor is missing", "copy the checkpoint again", file=str(folder), tensor=lost[0])
     return model
-
-
-def _model_class(config: Mapping[str, Any]) -> Any:
-    """transformers' class for the first architecture a config names; the causal language model's where it knows none."""
-    import transformers
-
-    named = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
-    known = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-    return named if known and "auto_map" not in config else transformers.AutoModelForCausalLM
 
 
 def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
