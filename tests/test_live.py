@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import checkpoints
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import zoo
 from torch import Tensor
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
+import quantplan.live.weights
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.errors import QuantplanError
 from quantplan.headers import Checkpoint, TensorInfo, read_checkpoint
@@ -500,3 +504,71 @@ def test_code_of_a_checkpoint_runs_only_when_it_may(tmp_path: Path) -> None:
     (path / "x.py").write_text("raise SystemExit('code of a checkpoint ran')\n")
     with pytest.raises(QuantplanError, match="QP222 transformers cannot build the model"):
         skeleton(path)
+
+
+def test_stored_matrices_that_are_split_merged_and_turned_on_loading_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversions of no model of the zoo, with transformers' own operations."""
+    source, path = zoo.build("llama4", tmp_path), tmp_path / "other"
+    configure(source, {"num_key_value_heads": 4, "head_dim": 16})
+    shutil.copytree(source, path)
+    tensors = safetensors.torch.load_file(source / "model.safetensors")
+    torch.manual_seed(0)
+    for i in range(3):
+        at = f"model.layers.{i}.self_attn"
+        for part in ("q", "k", "v"):
+            tensors.pop(f"{at}.{part}_proj.weight")
+        tensors[f"{at}.qkv.weight"] = torch.randn(192, 64)
+        if i:
+            experts = f"model.layers.{i}.feed_forward.experts"
+            both = tensors.pop(f"{experts}.gate_up_proj").transpose(1, 2).contiguous()
+            for e in range(4):
+                tensors[f"{experts}.{e}.gate_proj.weight"] = both[e, :96].contiguous()
+                tensors[f"{experts}.{e}.up_proj.weight"] = both[e, 96:].contiguous()
+    safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+    def conversions(model: Any) -> list[Any]:
+        return [
+            WeightConverter("self_attn.qkv.weight", [f"self_attn.{part}_proj.weight" for part in "qkv"], [Chunk(dim=0)]),
+            WeightConverter(
+                ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+                "experts.gate_up_proj",
+                [MergeModulelist(dim=0), Concatenate(dim=1), Transpose(1, 2)],
+            ),
+        ]
+
+    monkeypatch.setattr(quantplan.live.weights, "get_model_conversion_mapping", conversions)
+    checkpoint, model = read_checkpoint(path), skeleton(path)
+    weights = Weights(model, checkpoint)
+    modules = find_modules(checkpoint)
+    with TensorReader(path, checkpoint.tensors) as reader:
+        for prefix in ("model.layers.0", "model.layers.2"):
+            weights.load(prefix, reader)
+        loaded = [
+            m for module in modules.values() for m in module.matrices if m.name.startswith(("model.layers.0", "model.layers.2"))
+        ]
+        for matrix in loaded:
+            stored = reader.read_rows(matrix, 0, matrix.rows)
+            places = weights.place_of(matrix)
+            assert len(places) == (3 if "qkv" in matrix.name else 1)
+            for place in places:
+                assert torch.equal(place.view(model), stored[place.of : place.of + place.rows]), place
+    assert {m.name.rpartition(".")[2] for m in loaded} >= {"qkv", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_what_cannot_be_followed_has_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = zoo.build("llama", tmp_path)
+    columns = WeightConverter(["mlp.gate_proj.weight", "mlp.up_proj.weight"], "mlp.both.weight", [Concatenate(dim=1)])
+    monkeypatch.setattr(quantplan.live.weights, "get_model_conversion_mapping", lambda model: [columns])
+    checkpoint, model = read_checkpoint(path), skeleton(path)
+    for block in model.model.layers:
+        block.mlp.both = torch.nn.Linear(128, 96, bias=False, device="meta")
+    weights = Weights(model, checkpoint)
+    for matrix in find_modules(checkpoint)["model.layers.0.mlp.up_proj"].matrices:
+        with pytest.raises(QuantplanError, match="QP223"):
+            weights.place_of(matrix)
+    with TensorReader(path, checkpoint.tensors) as reader:
+        weights.load("model.layers.0.mlp.both", reader)
+        whole = torch.cat([reader.read(f"model.layers.0.mlp.{part}_proj.weight") for part in ("gate", "up")], 1)
+    assert torch.equal(model.model.layers[0].mlp.both.weight, whole)

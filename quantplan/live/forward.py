@@ -179,7 +179,7 @@ class Forward:
     def _run(self, inputs: Inputs, on_block: OnBlock) -> Any:
         """The model's forward with stubs. A stub is an attribute of the instance, which a module's call finds before its
         class's `forward`; it is taken away again."""
-        options: dict[str, Any] = dict(inputs)
+        options: dict[str, Any] = {name: value.to(self.weights.device) for name, value in inputs.items()}
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             options["use_cache"] = False
         with contextlib.ExitStack() as undo:

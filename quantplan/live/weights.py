@@ -74,11 +74,15 @@ class Weights:
     """The names of a checkpoint and of its model, joined. `model` is one of `skeleton`'s, and stays its caller's: `load` and
     `release` change its parameters, nothing else.
 
+    `device`: where parameters are loaded to; buffers go there at once.
     `origins`: parameter or persistent buffer -> what it is made of. `places`: name of a stored matrix -> where its rows are.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
-        self.model, self.checkpoint = model, checkpoint
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, torch.device(device)
+        for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+            owner, last = owner_of(model, name)
+            owner._buffers[last] = buffer.to(self.device)
         self._empty: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
         self._state: frozenset[str] = frozenset(model.state_dict())
         self.origins: dict[str, Origin] = {}
@@ -162,7 +166,7 @@ class Weights:
             text = f"no file has a tensor for the model's parameter '{name}'"
             raise fail("QP221", text, "is the checkpoint complete?", file=self.checkpoint.source, tensor=name)
         owner, last = owner_of(self.model, name)
-        owner._parameters[last] = nn.Parameter(torch.empty_like(self._empty[name], device="cpu"), requires_grad=False)
+        owner._parameters[last] = nn.Parameter(torch.empty_like(self._empty[name], device=self.device), requires_grad=False)
         owner._is_hf_initialized = False  # type: ignore[assignment]
         self.model.initialize_weights()
 
@@ -182,9 +186,8 @@ class Weights:
         made = conversion.convert(origin.parameters[0], model=self.model, config=self.model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
 
-    @staticmethod
-    def _read(reader: TensorReader, tensor: str, kind: torch.dtype) -> Tensor:
-        return reader.read(tensor).to(kind)
+    def _read(self, reader: TensorReader, tensor: str, kind: torch.dtype) -> Tensor:
+        return reader.read(tensor).to(self.device, kind)
 
     def _set(self, name: str, value: Tensor) -> None:
         owner, last = owner_of(self.model, name)
@@ -193,7 +196,8 @@ class Weights:
             text = f"the model's '{name}' is {list(current.shape)}, the stored one {list(value.shape)}"
             raise fail("QP223", text, "is config.json that of these weights?", file=self.checkpoint.source, tensor=name)
         if last in owner._parameters:
-            owner._parameters[last] = nn.Parameter(value, requires_grad=False)
+            owner._parameters[last] = parameter = nn.Parameter(value, requires_grad=False)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark, see `_compute`
         else:
             owner._buffers[last] = value
 
