@@ -84,7 +84,7 @@ class Weights:
             owner, last = owner_of(model, name)
             owner._buffers[last] = buffer.to(self.device)
         self._empty: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
-        self._state: frozenset[str] = frozenset(model.state_dict())
+        self._state: tuple[str, ...] = tuple(model.state_dict())
         self.origins: dict[str, Origin] = {}
         for origin in _find_origins(model, checkpoint):
             self.origins.update(dict.fromkeys(origin.parameters, origin))
