@@ -371,6 +371,18 @@ def test_one_block_is_loaded_at_a_time(opened: Any, name: str) -> None:
     assert not any("forward" in part.__dict__ for part in one.model.modules()), "stubs are gone"
 
 
+def test_outputs_one_after_the_other_leave_nothing_switched_on_between(opened: Any) -> None:
+    one = opened("llama")
+    batches = one.batches((1, 4), (1, 4))
+    forward = Forward(one.blocks, one.weights, one.reader)
+    hidden = forward.capture(0, batches).hidden
+    outputs = forward.outputs(batches, [hidden])
+    next(outputs)
+    assert torch.is_grad_enabled() and not torch.overrides._get_current_function_mode_stack()
+    outputs.close()
+    assert all(p.is_meta for p in one.model.parameters())
+
+
 def test_tokens_become_the_arguments_of_the_model(opened: Any) -> None:
     tokens = torch.arange(12)[None]
     assert model_inputs(opened("llama").model, tokens).keys() == {"input_ids"}

@@ -110,7 +110,7 @@ class Forward:
                 for i, inputs in enumerate(itertools.chain((first,), left)):
                     recorder = _Recorder(self, stack, same, loaded, [states[i] for states in finished])
                     with contextlib.suppress(_Stop):
-                        self._run(inputs, recorder.on_block)
+                        self._run(inputs, loaded, recorder.on_block)
                     captured.hidden.append(recorder.first)
                     for k, call in recorder.calls.items():
                         captured.calls[k].append(call)
@@ -121,7 +121,7 @@ class Forward:
         with self._loading(seen) as loaded:
             for i, inputs in enumerate(batches):
                 states = [states[i] for states in finished]
-                yield self._run(inputs, _Recorder(self, len(states), _Same(), loaded, states).on_block)
+                yield self._run(inputs, loaded, _Recorder(self, len(states), _Same(), loaded, states).on_block)
 
     def _rehearse(self, inputs: Inputs) -> None:
         """Learns from one sequence which blocks run, and what they return beside the hidden state."""
@@ -139,9 +139,9 @@ class Forward:
             assert hidden is not None
             return _with_hidden(self._returned[number], hidden)
 
-        with self._loading(None):
+        with self._loading(None) as loaded:
             try:
-                self._run(few, on_block)
+                self._run(few, loaded, on_block)
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
                 raise self.unfit(f"cannot run with its blocks taken out: {str(error).splitlines()[0]}") from error
         self._order = [[k for n, k in order if n == number] for number in range(len(self.blocks.stacks))]
@@ -169,14 +169,13 @@ class Forward:
         buffers = [n for n in self._outside if n not in self.weights.empty()]
         self.weights.load_parameters(buffers, self.reader)
         watch = Watch({}, seen) if seen is not None else None
-        mode = _LoadedOnUse(self.weights, self.reader, self._outside, watch)
+        loaded = _LoadedOnUse(self.weights, self.reader, self._outside, watch)
         try:
-            with watch or contextlib.nullcontext(), mode, torch.no_grad():
-                yield mode
+            yield loaded
         finally:
-            self.weights.release_parameters(mode.loaded)
+            self.weights.release_parameters(loaded.names)
 
-    def _run(self, inputs: Inputs, on_block: OnBlock) -> Any:
+    def _run(self, inputs: Inputs, loaded: _LoadedOnUse, on_block: OnBlock) -> Any:
         """The model's forward with stubs. A stub is an attribute of the instance, which a module's call finds before its
         class's `forward`; it is taken away again."""
         options: dict[str, Any] = {name: value.to(self.weights.device) for name, value in inputs.items()}
@@ -186,6 +185,8 @@ class Forward:
             for number, stack in enumerate(self.blocks.stacks):
                 for k, name in enumerate(stack.blocks):
                     undo.enter_context(_replaced(self.model.get_submodule(name), partial(_stub, on_block, number, k)))
+            for mode in (loaded.watch or contextlib.nullcontext(), loaded, torch.no_grad()):
+                undo.enter_context(mode)
             return self.model(**options)
 
     def ran(self, number: int) -> list[int]:
@@ -219,23 +220,23 @@ class _LoadedOnUse(TorchFunctionMode):
 
     def __init__(self, weights: Weights, reader: TensorReader, names: frozenset[str], watch: Watch | None) -> None:
         super().__init__()
-        self._weights, self._reader, self._watch = weights, reader, watch
-        self._names = {id(p): name for name, p in weights.empty().items() if name in names}
-        self.loaded: set[str] = set()
+        self._weights, self._reader, self.watch = weights, reader, watch
+        self._known = {id(p): name for name, p in weights.empty().items() if name in names}
+        self.names: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return func(*tree_map(self.real, args), **tree_map(self.real, kwargs or {}))
 
     def real(self, value: Any) -> Any:
         """`value`, or the parameter that it stands for."""
-        name = self._names.get(id(value)) if isinstance(value, nn.Parameter) else None
+        name = self._known.get(id(value)) if isinstance(value, nn.Parameter) else None
         if name is None:
             return value
-        if name not in self.loaded:
+        if name not in self.names:
             self._weights.load_parameters([name], self._reader)
-            self.loaded.add(name)
-            if self._watch is not None:
-                self._watch.add(name, self._weights.model.get_parameter(name))
+            self.names.add(name)
+            if self.watch is not None:
+                self.watch.add(name, self._weights.model.get_parameter(name))
         return self._weights.model.get_parameter(name)
 
 
