@@ -6,7 +6,7 @@ A scheme is a grid, an algorithm is a way to choose points on it: every algorith
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantplan.scheme import Quantizer
+    from quantplan.statistics import Statistics
     from quantplan.tensor import QuantizedTensor
+
+Need = Literal["hessian", "drift"]  # what `Statistics` must hold
 
 
 class Algorithm(BaseModel, ABC):
@@ -32,10 +35,22 @@ class Algorithm(BaseModel, ABC):
         """Option name -> pydantic field."""
         return dict(cls.model_fields)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics it cannot do without; empty when it needs no data."""
+        return frozenset()
+
     @abstractmethod
-    def solve(self, weight: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> QuantizedTensor:
+    def solve(
+        self,
+        weight: Tensor,
+        quantizer: Quantizer,
+        absmax: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> QuantizedTensor:
         """`weight`, float32 `[rows, columns]`, on the quantizer's grid. Rows do not influence each other unless the scheme
-        shares parameters between them. `absmax`: see `Quantizer.fit`. Raises NonFinite."""
+        shares parameters between them. `absmax`: see `Quantizer.fit`; `statistics`: of the inputs, with all that `needs` says.
+        Raises NonFinite."""
 
 
 ALGORITHMS: Registry[Algorithm] = Registry("algorithm", "algorithms")

@@ -45,6 +45,7 @@ class SchemeConfig(BaseModel, ABC):
     granularities: ClassVar[tuple[Granularity, ...]] = ("channel", "tensor", "group", "block", "token")
     default_group_size: ClassVar[int | None] = None  # None: the first of `granularities` is the default
     fixed_group_size: ClassVar[int | None] = None  # the format fixes it (mx, nvfp4)
+    fine_steps: ClassVar[bool] = True  # steps are stored finely enough for least squares to choose them
     tensor_params: ClassVar[frozenset[str]] = frozenset()  # parameters that belong to the whole tensor
     # options that say how codes are chosen, not what they mean
     fitting_options: ClassVar[frozenset[str]] = frozenset({"rounding", "seed"})
@@ -143,7 +144,7 @@ class SchemeConfig(BaseModel, ABC):
 
 
 class Quantizer(ABC):
-    """The arithmetic of a scheme. Members implement `fit`, `encode` and `decode` on groups; the rest follows."""
+    """The arithmetic of a scheme. Members implement `fit`, `encode`, `decode` and `with_step` on groups; the rest follows."""
 
     def __init__(self, config: SchemeConfig, stream: str = "") -> None:
         self.config = config
@@ -167,6 +168,19 @@ class Quantizer(ABC):
     @abstractmethod
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Float32 values of codes, shape of `codes`."""
+
+    def step(self, params: Params) -> Tensor:
+        """What one unit of the grid is worth, float32, shape of the parameters: values are `step` times a level that only the
+        codes (and a zero point) decide."""
+        return params["scale"].float()
+
+    @abstractmethod
+    def with_step(self, params: Params, step: Tensor) -> Params:
+        """The parameters with the storable step nearest to `step`, float32 with a last axis of 1."""
+
+    def nearest(self, x: Tensor, params: Params) -> Tensor:
+        """The grid's values nearest to `x`, float32, shape of `x`."""
+        return self.decode(self.encode(x, params), params)
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -210,6 +224,16 @@ class Quantizer(ABC):
             whole = groups.view(down, across, BLOCK, BLOCK).transpose(1, 2).reshape(down * BLOCK, across * BLOCK)
             return whole[:rows, :columns]
         return groups.reshape(rows, columns)
+
+    def spread(self, params: Params, rows: int, columns: int) -> tuple[Params, int]:
+        """Parameters, as `fit` makes them for a `[rows, columns]` matrix, for each row: every one `[rows, across, 1]`, and the
+        columns that share one of the `across`. Those of the whole tensor stay."""
+        across, down = (self.config.grid(rows, columns)[i] for i in (1, 0))
+        tall = -(-rows // down)
+        wide = BLOCK if self.config.strategy == "block" else columns // across
+        own = self.config.tensor_params
+        spread = {n: p if n in own else _tall(p, tall)[:rows].expand(rows, across, 1) for n, p in params.items()}
+        return spread, wide
 
     def quantize_groups(self, groups: Tensor, params: Params, rows: int, columns: int) -> QuantizedTensor:
         """Groups, as `groups` makes them, with chosen parameters, as a quantized matrix."""
@@ -272,6 +296,15 @@ class Quantizer(ABC):
         self._range = None if self._observer.config.dynamic else self._observer.result(self)
 
 
+def _tall(param: Tensor, rows: int) -> Tensor:
+    """Each row of a parameter `rows` times; of its bytes, as float8 cannot be repeated."""
+    import torch
+
+    if rows == 1:
+        return param
+    return param.view(torch.uint8).repeat_interleave(rows, 0).view(param.dtype)
+
+
 class NonFinite(ValueError):
     """NaN or infinity where numbers were expected; whoever knows the tensor's name says it."""
 
@@ -281,6 +314,16 @@ def largest_magnitude(x: Tensor) -> Tensor:
     absmax = x.abs().amax(-1, keepdim=True)
     check_finite(absmax)
     return absmax
+
+
+def stored_step(step: Tensor, dtype: DType | None, before: Tensor) -> Tensor:
+    """`step` in the dtype scales are stored in; what is zero or not finite there stays as `before`."""
+    import torch
+
+    from quantplan.numerics import round_through
+
+    stored = round_through(step, getattr(torch, dtype or "bfloat16"))
+    return torch.where((stored == 0) | ~torch.isfinite(stored), before, stored)
 
 
 def check_finite(statistic: Tensor) -> None:

@@ -30,7 +30,9 @@ ORDER = (
         "schemes",
         "observer",
         "observers",
+        "statistics",
         "algorithm",
+        "scale_search",
     ),
     *(
         "algorithms",
@@ -43,9 +45,8 @@ ORDER = (
         "plan",
         "checkpoint",
         "estimate",
-        "calibration",
     ),
-    *("explain", "live", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
+    *("explain", "live", "calibration", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
 LEAVES = ("schemes", "observers", "algorithms", "formats")
@@ -181,5 +182,5 @@ def test_registries_hold_what_the_documents_say() -> None:
         "nf4",
         "nvfp4",
     ]
-    assert ALGORITHMS.names() == ["rtn"]
+    assert ALGORITHMS.names() == ["gptq", "rtn"]
     assert FORMATS.names() == ["compressed-tensors", "quantplan"]

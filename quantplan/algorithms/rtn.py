@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from quantplan.algorithm import ALGORITHMS, Algorithm
+from quantplan.algorithm import ALGORITHMS, Algorithm, Need
+from quantplan.scale_search import choose, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from quantplan.scheme import Params, Quantizer
+    from quantplan.statistics import Statistics
     from quantplan.tensor import QuantizedTensor
 
 
@@ -19,20 +21,36 @@ if TYPE_CHECKING:
 class RoundToNearest(Algorithm):
     """Round to nearest: needs no data."""
 
-    search: Literal["minmax", "mse"] = "minmax"
+    search: Literal["minmax", "mse", "imatrix"] = "minmax"
     """`minmax`: the range covers every weight; `mse`: per group the range, of a grid of shrunken ones, with the least squared
-    error"""
+    error; `imatrix`: the same with each weight counting as the mean square of its input, which takes calibration"""
     grid: int = Field(default=25, ge=2, le=1000)
-    """ranges that `mse` tries"""
+    """ranges that `mse` and `imatrix` try"""
     lowest: float = Field(default=0.4, gt=0, lt=1)
-    """the narrowest range `mse` tries, as a share of the full one"""
+    """the narrowest of them, as a share of the full one"""
 
-    def solve(self, weight: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> QuantizedTensor:
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"hessian"}) if self.search == "imatrix" else frozenset()
+
+    def solve(
+        self,
+        weight: Tensor,
+        quantizer: Quantizer,
+        absmax: Tensor | None = None,
+        statistics: Statistics | None = None,
+    ) -> QuantizedTensor:
         groups = quantizer.groups(weight)
         if absmax is None and quantizer.config.needs_absmax:
             absmax = groups.abs().amax()
-        searching = self.search == "mse"
-        params = self._least_error(groups, quantizer, absmax) if searching else quantizer.fit(groups, absmax=absmax)
+        if self.search == "imatrix":
+            assert statistics is not None, "search: imatrix needs statistics"
+            importance = statistics.hessian.diagonal()
+            params = search_scales(weight, quantizer, importance, self.grid, self.lowest, absmax)
+        elif self.search == "mse":
+            params = self._least_error(groups, quantizer, absmax)
+        else:
+            params = quantizer.fit(groups, absmax=absmax)
         return quantizer.quantize_groups(groups, params, *weight.shape)
 
     def _least_error(self, groups: Tensor, quantizer: Quantizer, absmax: Tensor | None) -> Params:
@@ -50,8 +68,5 @@ class RoundToNearest(Algorithm):
             better = error < least
             least = torch.where(better, error, least)
             for name in params.keys() - quantizer.config.tensor_params:
-                # float8 has no `where`: choose among its bytes
-                new, old = params[name].view(torch.uint8), best[name].view(torch.uint8)
-                wide = better.repeat_interleave(new.shape[-1], -1)
-                best[name] = torch.where(wide, new, old).view(params[name].dtype)
+                best[name] = choose(better, params[name], best[name])
         return best

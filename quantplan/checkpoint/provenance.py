@@ -77,12 +77,18 @@ def treatments(assignments: Mapping[str, Assignment]) -> list[dict[str, Any]]:
 
 
 def provenance(
-    resolution: Resolution, layout: OutputLayout, hashes: Mapping[str, str], others: Mapping[str, str] | Iterable[str]
+    resolution: Resolution,
+    layout: OutputLayout,
+    hashes: Mapping[str, str],
+    others: Mapping[str, str] | Iterable[str],
+    data: str = UNKNOWN,
 ) -> bytes:
-    """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone. Its length does not
+    """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone; `data`: sha256 of the
+    calibration data, where the plan takes any. Its length does not
     depend on the hashes, so that the estimate can be exact."""
     named = dict(others) if isinstance(others, Mapping) else dict.fromkeys(others, UNKNOWN)
     header = {f.name: _sha256(f.header) for f in layout.files}
+    calibration = {"calibration": {**_settings(resolution), "sha256": data}} if resolution.needs_data else {}
     return json_bytes({
         "quantplan": 1,
         "plan": json.loads(resolution.loaded.canonical()),
@@ -90,10 +96,19 @@ def provenance(
         "source": source_of(resolution.checkpoint),
         "versions": versions(),
         "treatments": treatments(resolution.assignments),
+        **calibration,
         "files": {f.name: {"size": f.size, "header_sha256": header[f.name]} for f in layout.files},
         "other_files": {name: named[name] for name in sorted(named)},
         "tensors": {name: hashes.get(name, UNKNOWN) for name in layout.tensors},
     })  # fmt: skip
+
+
+def _settings(resolution: Resolution) -> dict[str, Any]:
+    """The calibration settings, a file's name without its folder, and the threads, on which rounding errors depend."""
+    import os
+
+    settings = resolution.calibration.model_dump(mode="json")
+    return {**settings, "source": Path(settings["source"]).name, "threads": os.cpu_count()}
 
 
 def other_hashes(documents: Mapping[str, bytes], files: Mapping[str, Path]) -> dict[str, str]:

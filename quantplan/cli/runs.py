@@ -31,6 +31,12 @@ def apply(
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let calibration run Python code that the checkpoint brings.")
+    ] = False,
+    events: Annotated[
+        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
@@ -43,10 +49,12 @@ def apply(
 
     if dry_run:
         return _dry_run(model, plan, output, threads, revision, as_json)
-    with stoppable() as stop, show.progress("quantizing", quiet) as advance:
+    with stoppable() as stop, show.phases(quiet) as advance, show.event_log(events) as record:
 
         def on_step(step: Step) -> None:
-            advance(step.done, step.total, step.unit.name)
+            note = "" if step.block is None else f" ({step.block.summary})"
+            advance(step.phase, step.done, step.total, step.name + note)
+            record(step.as_event())
             stop.check(RESUME)
 
         report = engine.apply(
@@ -57,6 +65,7 @@ def apply(
             restart=restart,
             workers=threads,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             on_step=on_step,
         )
     if as_json:

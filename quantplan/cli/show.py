@@ -6,9 +6,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
+
+from quantplan.errors import fail
 
 NUMBER = re.compile(r"[+−-]?[\d.,]*( ?(B|kB|MB|GB|TB|s|%))?")
 
@@ -50,22 +53,68 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str 
 
 
 @contextmanager
-def progress(label: str, quiet: bool = False) -> Iterator[Advance]:
+def progress(label: str, quiet: bool = False, in_bytes: bool = True) -> Iterator[Advance]:
     """A bar with rate and ETA on a terminal, a line now and then without one, both on standard error."""
     if quiet:
         yield lambda done, total, name: None
     elif sys.stderr.isatty():
-        yield from _bar(label)
+        yield from _bar(label, in_bytes)
     else:
         yield _Lines(label)
 
 
-def _bar(label: str) -> Iterator[Advance]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+@contextmanager
+def phases(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Progress of a run in several phases: a `progress` for each, opened when it is first heard of."""
+    with ExitStack() as stack:
+        now: dict[str, Advance] = {}
 
+        def advance(phase: str, done: int, total: int, name: str) -> None:
+            if phase not in now:
+                stack.close()
+                now.clear()
+                now[phase] = stack.enter_context(progress(phase, quiet, phase == "quantizing"))
+            now[phase](done, total, name)
+
+        yield advance
+
+
+@contextmanager
+def event_log(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends an event to a file as one line of JSON, with the seconds since the start; the file is whole after
+    every line. Raises QP402 when it cannot be written."""
+    if path is None:
+        yield lambda event: None
+        return
+    started = time.monotonic()
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+
+            def record(event: Mapping[str, Any]) -> None:
+                file.write(json.dumps({"time": round(time.monotonic() - started, 3), **event}) + "\n")
+                file.flush()
+
+            yield record
+    except OSError as error:
+        raise fail("QP402", f"cannot be written: {error.strerror}", file=str(path)) from error
+
+
+def _bar(label: str, in_bytes: bool) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    counts: tuple[ProgressColumn, ...] = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()),
+        *(TextColumn("{task.description}"), BarColumn(), *counts),
         *(TimeRemainingColumn(), TextColumn("{task.fields[name]}", markup=False)),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:

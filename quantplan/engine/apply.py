@@ -1,4 +1,5 @@
-"""`apply`, read aloud: read the plan, read the headers, resolve, estimate, stream, account for every tensor, publish."""
+"""`apply`, read aloud: read the plan, read the headers, resolve, estimate, calibrate where the plan asks for it, stream, account
+for every tensor, publish."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantplan.checkpoint.durable import CHUNK
 from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
-from quantplan.checkpoint.provenance import NAME, fingerprint, other_hashes, provenance
+from quantplan.checkpoint.provenance import NAME, UNKNOWN, fingerprint, other_hashes, provenance
 from quantplan.checkpoint.reader import TensorReader, reading
 from quantplan.checkpoint.side_files import output_config, side_files
 from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes
@@ -27,14 +28,29 @@ from quantplan.plan.resolve import Resolution, resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantplan.calibration.read import CalibrationSet
+    from quantplan.engine.calibrated import SolvedBlock
+    from quantplan.engine.solved import SolvedBlocks
+
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: one unit is written."""
+    """Progress. `reading`: calibration data are made, in tokens; `calibrating`: a block is solved; `quantizing`: a unit is
+    written, in bytes of the source."""
 
-    unit: Unit
-    done: int  # bytes of the source accounted for
+    phase: Literal["reading", "calibrating", "quantizing"]
+    name: str
+    done: int
     total: int
+    block: SolvedBlock | None = None
+
+    def as_event(self) -> dict[str, Any]:
+        """Plain data, for a log."""
+        event: dict[str, Any] = {"phase": self.phase, "name": self.name, "done": self.done, "total": self.total}
+        return event if self.block is None else {**event, **self.block.as_event(), "memory_bytes": peak_memory()}
+
+
+OnStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
@@ -84,14 +100,18 @@ def apply(
     restart: bool = False,
     workers: int | None = None,
     revision: str | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    trust_remote_code: bool = False,
+    on_step: OnStep | None = None,
 ) -> Report:
     """Quantizes `model` as `plan` says into the directory `out`, which is absent or whole at every moment.
+
+    `trust_remote_code`: calibration may run Python code that the checkpoint brings.
 
     Raises QuantplanError: bad plan or checkpoint (QP1xx to QP3xx), environment (QP4xx), output exists or is locked (QP5xx),
     NaN or infinity (QP601). An interrupted run goes on when called again.
     """
     started = time.monotonic()
+    tell: OnStep = on_step or (lambda step: None)
     resolution = prepare(model, plan, revision)
     source = with_weights(resolution.checkpoint)
     resolution = replace(resolution, checkpoint=source)
@@ -103,26 +123,52 @@ def apply(
         copied = side_files(source)
         begun = fingerprint(resolution, layout)
     check_environment(predicted, target)
+    data = _calibration_data(resolution, tell)
+    if data is not None:
+        begun = {**begun, "calibration": data.hash}
     with (
         TensorReader(source.require_path(), source.tensors) as reader,
         CheckpointWriter(target, layout, begun, overwrite, restart) as writer,
     ):
         reused = writer.reused
         if not writer.already_published:
-            with contextlib.closing(write_units(resolution, layout, reader, writer, workers)) as steps:
+            solved = None
+            if data is not None:
+                from quantplan.engine.calibrated import solve_blocks
+                from quantplan.engine.solved import SolvedBlocks
+
+                solved = SolvedBlocks(writer.staging / "calibration")
+                with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
+                    for block in blocks:
+                        tell(Step("calibrating", block.name, block.number, block.total, block))
+            with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved)) as steps:
                 for step in steps:
-                    if on_step is not None:
-                        on_step(step)
+                    tell(step)
             account(resolution, layout, writer)
             config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
             documents = layout.side_documents()
             with reading(source.source):
                 check_unchanged(begun, fingerprint(resolution, layout))
                 others = other_hashes({**documents, **config}, copied)
-            record = {NAME: provenance(resolution, layout, writer.hashes, others)}
+            record = {NAME: provenance(resolution, layout, writer.hashes, others, data.hash if data is not None else UNKNOWN)}
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
+
+
+def _calibration_data(resolution: Resolution, tell: OnStep) -> CalibrationSet | None:
+    """The plan's calibration data where an assignment needs any: read, packed, or written by the model itself."""
+    if not resolution.needs_data:
+        return None
+    from quantplan.calibration.read import read_calibration
+
+    settings = resolution.calibration
+    return read_calibration(
+        settings,
+        resolution.checkpoint.require_path(),
+        Path(resolution.loaded.source.file).parent,
+        on_step=lambda done, total: tell(Step("reading", settings.source, done, total)),
+    )
 
 
 def with_weights(checkpoint: Checkpoint) -> Checkpoint:
@@ -137,7 +183,12 @@ def with_weights(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def write_units(
-    resolution: Resolution, layout: OutputLayout, reader: TensorReader, writer: CheckpointWriter, workers: int | None
+    resolution: Resolution,
+    layout: OutputLayout,
+    reader: TensorReader,
+    writer: CheckpointWriter,
+    workers: int | None,
+    solved: SolvedBlocks | None = None,
 ) -> Generator[Step, None, None]:
     """Writes every unit of files that are not done yet, yielding after each."""
     from quantplan.engine.stream import quantized
@@ -146,7 +197,7 @@ def write_units(
     todo = [u for f in layout.files if not writer.is_done(f.name) for u in f.units]
     total = sum(_share(u) for f in layout.files for u in f.units)
     done = total - sum(_share(u) for u in todo)
-    stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers)
+    stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers, solved)
     try:
         for unit in todo:
             if unit.kind == "quantize":
@@ -160,7 +211,7 @@ def write_units(
             else:
                 writer.write_chunks(unit.outputs[0], _chunks(reader, unit))
             done += _share(unit)
-            yield Step(unit, done, total)
+            yield Step("quantizing", unit.name, done, total)
     finally:
         stream.close()
 

@@ -25,14 +25,18 @@ from quantplan.tensor import QuantizedTensor, concatenate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantplan.engine.solved import SolvedBlocks
+
 PIECE = 1 << 19  # weights quantized at a time: their float32 copies stay in a core's cache
 LOOKAHEAD = 2  # units in flight beyond one a worker
 
 
 def quantized(
-    units: Iterable[Unit], reader: TensorReader, workers: int | None = None
+    units: Iterable[Unit], reader: TensorReader, workers: int | None = None, solved: SolvedBlocks | None = None
 ) -> Generator[tuple[Unit, QuantizedTensor], None, None]:
-    """Each quantize-unit with its quantized matrix, in order. Raises QP601 for NaN or infinity in a weight."""
+    """Each quantize-unit with its quantized matrix, in order; what calibration has `solved` is taken from there.
+
+    Raises QP601 for NaN or infinity in a weight."""
     workers = workers or os.cpu_count() or 1
     units = list(units)
     magnitudes = _Magnitudes(reader, units)
@@ -42,7 +46,7 @@ def quantized(
     pool = ThreadPoolExecutor(workers, "quantplan", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for unit in units:
-            pending.append((unit, pool.submit(_quantize, unit, reader, magnitudes)))
+            pending.append((unit, pool.submit(_quantize, unit, reader, magnitudes, solved)))
             if len(pending) >= workers + LOOKAHEAD:
                 first, future = pending.popleft()
                 yield first, future.result()
@@ -57,9 +61,11 @@ def quantized(
 
 
 @torch.no_grad()
-def _quantize(unit: Unit, reader: TensorReader, magnitudes: _Magnitudes) -> QuantizedTensor:
+def _quantize(unit: Unit, reader: TensorReader, magnitudes: _Magnitudes, solved: SolvedBlocks | None) -> QuantizedTensor:
     matrix, assignment = unit.matrix, unit.assignment
     assert matrix is not None and assignment is not None and assignment.wq is not None
+    if solved is not None and matrix.name in solved:
+        return solved.read(matrix.name, assignment.wq)
     quantizer = assignment.wq.quantizer(matrix.name)
     try:
         absmax = magnitudes.of(matrix) if assignment.wq.needs_absmax else None

@@ -24,7 +24,7 @@ from quantplan.scheme import SCHEMES
 
 # names of the design whose machinery is not there yet: said so, not called unknown
 PLANNED = {
-    "algorithm": ("gptq", "awq", "autoround", "hqq"),
+    "algorithm": ("awq", "autoround", "hqq"),
     "format": ("gguf", "mlx", "onnx"),
     "engine": ("llama.cpp", "mlx", "onnxruntime", "sglang"),
 }

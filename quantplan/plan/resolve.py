@@ -18,7 +18,7 @@ from quantplan.plan.cascade import State, cascade, keeps, lifts, live_overrides,
 from quantplan.plan.lint import lint
 from quantplan.plan.load import LoadedPlan, in_order, schema_problems
 from quantplan.plan.overrides import check_shadowed, match_overrides
-from quantplan.plan.schema import Plan
+from quantplan.plan.schema import Calibration, Plan
 from quantplan.scheme import SCHEMES, SchemeConfig
 
 SOURCE_DTYPE = Origin(label="dtype of the source")
@@ -42,6 +42,16 @@ class Resolution:
     def quantized(self) -> list[Assignment]:
         """The assignments that change a weight."""
         return [a for a in self.assignments.values() if a.wq is not None]
+
+    @property
+    def needs_data(self) -> list[Assignment]:
+        """The assignments that take calibration."""
+        return [a for a in self.quantized if a.algorithm.needs]
+
+    @property
+    def calibration(self) -> Calibration:
+        """The plan's calibration settings; the defaults, text the model writes itself, where it has none."""
+        return self.plan.calibration or Calibration()
 
     @property
     def notes(self) -> list[Problem]:

@@ -13,6 +13,7 @@ from quantplan.scheme import (
     Quantizer,
     SchemeConfig,
     largest_magnitude,
+    stored_step,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class FloatQuantizer(Quantizer):
         from quantplan.numerics import encode_float
 
         return encode_float(x / params["scale"].float(), self.config.float_format(), self.generator)
+
+    def with_step(self, params: Params, step: Tensor) -> Params:
+        return {"scale": stored_step(step, self.config.scale_dtype, params["scale"])}
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         from quantplan.numerics import decode_float

@@ -18,6 +18,7 @@ from quantplan.scheme import (
     SchemeConfig,
     check_finite,
     largest_magnitude,
+    stored_step,
 )
 
 if TYPE_CHECKING:
@@ -97,6 +98,19 @@ class IntegerQuantizer(Quantizer):
             units = units.to(getattr(torch, self.config.quotient_dtype)).float()
         units = round_to_integers(units, self.generator)
         return units.add_(zero).clamp_(0, levels).to(torch.uint8)
+
+    def with_step(self, params: Params, step: Tensor) -> Params:
+        return params | {"scale": stored_step(step, self.config.scale_dtype, params["scale"])}
+
+    def nearest(self, x: Tensor, params: Params) -> Tensor:
+        if self.generator is not None or self.config.quotient_dtype != "float32":
+            return super().nearest(x, params)
+        step, half = params["scale"].float(), 2 ** (self.config.bits - 1)
+        units = (x / step).round_()
+        if self.config.symmetric:
+            return units.clamp_(-half, half - 1).mul_(step)
+        zero = params["zero_point"].float()
+        return units.add_(zero).clamp_(0, 2 * half - 1).sub_(zero).mul_(step)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         zero = 2 ** (self.config.bits - 1) if self.config.symmetric else params["zero_point"].float()

@@ -21,6 +21,7 @@ class MXConfig(SchemeConfig):
 
     granularities: ClassVar[tuple[Granularity, ...]] = ("group",)
     fixed_group_size: ClassVar[int | None] = 32
+    fine_steps: ClassVar[bool] = False
     format: str
 
     def float_format(self) -> FloatFormat:
@@ -56,6 +57,15 @@ class MXQuantizer(Quantizer):
         from quantplan.numerics import encode_float
 
         return encode_float(x / _power(params["scale"]), self.config.float_format(), self.generator)
+
+    def step(self, params: Params) -> Tensor:
+        return _power(params["scale"])
+
+    def with_step(self, params: Params, step: Tensor) -> Params:
+        import torch
+
+        byte = step.clamp(min=torch.finfo(torch.float32).tiny).log2().round_().add_(127).clamp_(0, 254)
+        return {"scale": byte.to(torch.uint8)}
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         from quantplan.numerics import decode_float

@@ -16,6 +16,7 @@ from quantplan.scheme import (
     Quantizer,
     SchemeConfig,
     largest_magnitude,
+    stored_step,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class NF4Quantizer(Quantizer):
         above = torch.bucketize(y, levels).clamp_(min=1)  # up with probability equal to the distance from the level below
         low, high = levels[above - 1], levels[above]
         return (above - (chance(y, self.generator) >= (y - low) / (high - low)).long()).to(torch.uint8)
+
+    def with_step(self, params: Params, step: Tensor) -> Params:
+        return {"scale": stored_step(step, self.config.scale_dtype, params["scale"])}
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         import torch

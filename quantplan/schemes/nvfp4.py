@@ -21,6 +21,7 @@ class NVFP4Config(SchemeConfig):
     bits: ClassVar[int] = 4
     granularities: ClassVar[tuple[Granularity, ...]] = ("group",)
     fixed_group_size: ClassVar[int | None] = 16
+    fine_steps: ClassVar[bool] = False
     tensor_params: ClassVar[frozenset[str]] = frozenset({"global_scale"})
 
     def param_layout(self, rows: int, columns: int) -> Layout:
@@ -51,13 +52,20 @@ class NVFP4Quantizer(Quantizer):
     def encode(self, x: Tensor, params: Params) -> Tensor:
         from quantplan.numerics import E2M1, encode_float
 
-        return encode_float(x / self._step(params), E2M1, self.generator)
+        return encode_float(x / self.step(params), E2M1, self.generator)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         from quantplan.numerics import E2M1, decode_float
 
-        return decode_float(codes, E2M1).mul_(self._step(params))
+        return decode_float(codes, E2M1).mul_(self.step(params))
 
-    @staticmethod
-    def _step(params: Params) -> Tensor:
+    def step(self, params: Params) -> Tensor:
         return params["scale"].float() / params["global_scale"]
+
+    def with_step(self, params: Params, step: Tensor) -> Params:
+        import torch
+
+        from quantplan.numerics import E4M3, encode_float
+
+        codes = encode_float(step * params["global_scale"], E4M3).clamp_(min=1)
+        return params | {"scale": codes.view(torch.float8_e4m3fn)}

@@ -1,0 +1,324 @@
+"""Calibration, block by block: load a block, run it on the hidden states of the one before, solve its matrices on the way, keep
+what they became, let it go. Memory is bounded by a block, its statistics and the hidden states, whatever the model's size.
+
+Two chains run side by side: the quantized one, in which every matrix sees what the quantized model so far makes of the data,
+and, where an algorithm asks for it, the float one, which the quantized one has drifted away from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantplan.assignment import Assignment
+from quantplan.calibration.read import CalibrationSet, batches
+from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine.lockstep import Wait, lockstep
+from quantplan.engine.solved import SolvedBlocks
+from quantplan.errors import fail
+from quantplan.live.blocks import find_blocks
+from quantplan.live.forward import Call, Forward
+from quantplan.live.skeleton import skeleton
+from quantplan.live.watch import watching
+from quantplan.live.weights import Weights
+from quantplan.models.modules import Matrix, scale_group
+from quantplan.plan.resolve import Resolution
+from quantplan.scheme import NonFinite
+from quantplan.statistics import Statistics
+from quantplan.tensor import QuantizedTensor
+
+BATCH = 4096  # tokens a batch: what one forward holds of a block's inner activations
+SLICE = 512  # columns of a Hessian at a time: half of it is the mirror of the other half
+
+Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """Progress: one block is done. `losses`: for each matrix, the squared error of its outputs over their squared size."""
+
+    name: str
+    number: int
+    total: int
+    losses: Mapping[str, float]
+    seconds: float
+    resumed: bool = False
+
+    @property
+    def loss(self) -> float:
+        """The mean of its matrices' losses."""
+        return sum(self.losses.values()) / max(1, len(self.losses))
+
+    @property
+    def summary(self) -> str:
+        """For people: what it cost, and what it lost."""
+        return "taken over" if self.resumed else f"loss {self.loss:.2e}, {self.seconds:.1f} s"
+
+    def as_event(self) -> dict[str, Any]:
+        """Plain data, for a log."""
+        return {"losses": dict(self.losses), "seconds": round(self.seconds, 3), "resumed": self.resumed}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A matrix to solve, and with what."""
+
+    matrix: Matrix
+    assignment: Assignment
+
+
+def solve_blocks(
+    resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool = False
+) -> Generator[SolvedBlock, None, None]:
+    """Solves every matrix in the model's blocks into `store`, yielding after each block. Goes on after the blocks that `store`
+    has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight, QP605 when a
+    matrix that needs data was never given any."""
+    run = _Run(resolution, data, reader, store, trust_remote_code)
+    yield from run.blocks()
+
+
+class _Run:
+    """One calibration from start to end."""
+
+    def __init__(
+        self, resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool
+    ) -> None:
+        checkpoint = resolution.checkpoint
+        self.reader, self.store, self.data = reader, store, data
+        self.model = skeleton(checkpoint.require_path(), trust_remote_code, torch.float32)
+        self.weights = Weights(self.model, checkpoint)
+        self.stacks = find_blocks(self.model)
+        self.forward = Forward(self.stacks, self.weights, reader)
+        self.jobs = {m.name: _Job(m, a) for a in resolution.quantized for m in a.matrices}
+        self.magnitudes = _Magnitudes(self.jobs, reader)
+        self.has_float = any("drift" in a.algorithm.needs for a in resolution.quantized)
+        size = max(1, BATCH // data.length)
+        self.batches = list(batches(data, self.model.config, size))
+        self.masks = [mask.reshape(-1) for mask in data.mask.split(size)]
+        self._check_places(resolution)
+
+    def _check_places(self, resolution: Resolution) -> None:
+        """Raises QP224 for an assignment that needs data and lies outside of the blocks."""
+        inside = tuple(f"{name}." for name in self.stacks.names)
+        for assignment in resolution.needs_data:
+            for matrix in assignment.matrices:
+                if not all(p.parameter.startswith(inside) for p in self.weights.place_of(matrix)):
+                    text = (
+                        f"'{assignment.name}' is outside of the model's blocks, where '{assignment.algorithm.name}' gets no data"
+                    )
+                    raise fail("QP224", text, "give it algorithm: rtn in an override")
+
+    def blocks(self) -> Iterator[SolvedBlock]:
+        total, number = len(self.stacks.names), 0
+        exact_ends: list[list[Tensor]] = []
+        ends: list[list[Tensor]] = []
+        resumed = self.store.states() if self.store.done else None
+        if self.store.done and resumed is None:
+            self.store.forget()
+        skip = len(self.store.done)
+        for s, stack in enumerate(self.stacks.stacks):
+            if number + len(stack.blocks) <= skip and s + 1 < len(self.stacks.stacks):
+                raise NotImplementedError
+            captured = self.forward.capture(s, self.batches, ends)
+            hidden, calls = captured.hidden, captured.calls
+            exact, exact_calls = hidden, calls
+            if self.has_float and ends:
+                again = self.forward.capture(s, self.batches, exact_ends)
+                exact, exact_calls = again.hidden, again.calls
+            hidden = [h.float() for h in hidden]
+            exact = [h.float() for h in exact] if self.has_float else []
+            for k, name in enumerate(stack.blocks):
+                started = time.monotonic()
+                if number < skip:
+                    line = self.store.done[number]
+                    if number == skip - 1 and resumed is not None:
+                        hidden, exact = _unpacked(resumed, "hidden"), _unpacked(resumed, "exact")
+                    number += 1
+                    yield SolvedBlock(name, number, total, line["losses"], line["seconds"], resumed=True)
+                    continue
+                block = _Block(self, name, calls[k], exact_calls[k])
+                hidden, exact = block.solve(hidden, exact)
+                seconds = time.monotonic() - started
+                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3)}
+                self.store.add(block.solved, {**_packed(hidden, "hidden"), **_packed(exact, "exact")}, facts)
+                number += 1
+                yield SolvedBlock(name, number, total, block.losses, seconds)
+            ends.append(hidden)
+            exact_ends.append(exact)
+
+
+def _packed(states: Sequence[Tensor], name: str) -> dict[str, Tensor]:
+    return {f"{name}.{i:05}": t for i, t in enumerate(states)}
+
+
+def _unpacked(saved: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    return [saved[key] for key in sorted(saved) if key.startswith(f"{name}.")]
+
+
+@dataclass
+class _Block:
+    """One block while it is solved."""
+
+    run: _Run
+    name: str
+    calls: Sequence[Call]
+    exact_calls: Sequence[Call]
+    solved: dict[str, QuantizedTensor] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
+    _last: tuple[tuple[int, ...], Statistics] | None = None
+
+    def solve(self, hidden: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The hidden states after the block, of both chains; its matrices are in `solved`."""
+        run = self.run
+        run.weights.load(self.name, run.reader)
+        try:
+            self.module = run.model.get_submodule(self.name)
+            original = copy.deepcopy(self.module) if exact else self.module
+            self.inside = {k: v for k, v in run.weights.matrices_at().items() if k[0].startswith(f"{self.name}.")}
+            runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
+            self.first = len(runs)
+            runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=True)]
+            outputs = lockstep(runs, self._meet, self._rank)
+            self._solve_unseen()
+            return outputs[self.first :], outputs[: self.first]
+        finally:
+            self._last = None
+            run.weights.release(self.name)
+
+    def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
+        def forward(wait: Wait[Tensor]) -> Tensor:
+            def seen(name: str, index: int | None, inputs: Tensor) -> None:
+                if (name, index) in self.inside:
+                    wait((name, index), inputs)
+
+            with torch.no_grad(), _compute(), watching(module, seen, self.name):
+                return call(module, hidden).float()
+
+        return forward
+
+    def _rank(self, point: Any) -> tuple[int, int, int]:
+        """Modules in the order they are reached; the slabs of one in theirs, and for each its parameters as they come."""
+        name, index = point
+        module = name.rpartition(".")[0]
+        place = self._places.setdefault(module, len(self._places))
+        return place, -1 if index is None else index, self._places.setdefault(name, len(self._places))
+
+    def _meet(self, point: Any, inputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        names = [n for n in self.inside[point] if n in self.run.jobs and n not in self.solved]
+        if names:
+            needs = frozenset().union(*(self.run.jobs[n].assignment.algorithm.needs for n in names))
+            statistics = self._statistics(inputs, "drift" in needs) if needs else None
+            for name in names:
+                self._solve(name, statistics)
+        return inputs
+
+    def _statistics(self, inputs: Mapping[int, Tensor], drift: bool) -> Statistics:
+        """Of what came to one point; the same as before for a matrix that shares its inputs with the one before."""
+        key = tuple(t.data_ptr() for t in inputs.values())
+        if self._last is None or self._last[0] != key:
+            columns = next(iter(inputs.values())).shape[-1]
+            hessian, moved, count = torch.zeros(columns, columns), torch.zeros(columns, columns), 0
+            paired = drift and all(i - self.first in inputs for i in inputs if i >= self.first)
+            for i, x in inputs.items():
+                if i < self.first:
+                    continue
+                x = self._counted(x.float(), i - self.first)
+                add_products(hessian, x)
+                count += len(x)
+                if paired:
+                    y = self._counted(inputs[i - self.first].float(), i - self.first)
+                    paired = paired and y.shape == x.shape
+                    if paired:
+                        moved += ((y - x).to(fast_dtype()).t() @ x.to(fast_dtype())).float()
+            count = max(count, 1)
+            lower = hessian.tril(-1)
+            made = Statistics((hessian.tril() + lower.t()).div_(count), count, moved.div_(count) if paired else None)
+            self._last = key, made
+        return self._last[1]
+
+    def _counted(self, x: Tensor, batch: int) -> Tensor:
+        """The tokens that count. Experts are given tokens of their own choice, and all of them count."""
+        mask = self.run.masks[batch]
+        return x[mask] if len(mask) == len(x) and not mask.all() else x
+
+    def _solve(self, name: str, statistics: Statistics | None) -> None:
+        job = self.run.jobs[name]
+        wq, algorithm = job.assignment.wq, job.assignment.algorithm
+        assert wq is not None
+        places = self.run.weights.place_of(job.matrix)
+        weight = torch.cat([p.view(self.run.model) for p in places]).float()
+        try:
+            made = algorithm.solve(weight, wq.quantizer(name), self.run.magnitudes.of(job), statistics)
+        except NonFinite:
+            advice = "mend the checkpoint, or keep the module: keep: true"
+            raise fail("QP601", "NaN or infinity in the weight or its inputs", advice, tensor=job.matrix.tensor) from None
+        values = wq.quantizer().dequantize(made)
+        at = 0
+        for place in places:
+            place.view(self.run.model).copy_(values[at : at + place.rows])
+            at += place.rows
+        self.solved[name] = made
+        if statistics is not None:
+            error, hessian = values - weight, statistics.hessian
+            size = float((weight * (weight @ hessian)).sum())
+            self.losses[name] = float((error * (error @ hessian)).sum()) / size if size > 0 else 0.0
+
+    def _solve_unseen(self) -> None:
+        """What no token came to. Raises QP605 for a matrix that every token should have come to."""
+        for (parameter, index), names in self.inside.items():
+            for name in names:
+                job = self.run.jobs.get(name)
+                if job is None or name in self.solved:
+                    continue
+                if job.assignment.algorithm.needs and index is None and ".experts." not in parameter:
+                    text = f"'{name}' was given no input: the model never used it for these data"
+                    raise fail("QP605", text, "give it algorithm: rtn in an override")
+                self._solve(name, None)
+
+
+def add_products(total: Tensor, x: Tensor) -> None:
+    """Adds the lower triangle of `x^T x` to `total` `[columns, columns]`; `x` is float32 `[tokens, columns]`."""
+    for start in range(0, x.shape[1], SLICE):
+        total[start:, start : start + SLICE].addmm_(x[:, start:].t(), x[:, start : start + SLICE])
+
+
+def fast_dtype() -> torch.dtype:
+    """bfloat16 where this processor multiplies it faster than float32, else float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@contextlib.contextmanager
+def _compute() -> Iterator[None]:
+    """Products in the fast dtype, everything else in float32."""
+    with torch.autocast("cpu", fast_dtype(), enabled=fast_dtype() != torch.float32):
+        yield
+
+
+class _Magnitudes:
+    """Largest magnitudes that fused matrices share, for schemes with a scale of the whole tensor."""
+
+    def __init__(self, jobs: Mapping[str, _Job], reader: TensorReader) -> None:
+        self._reader = reader
+        self._members: dict[str, list[Matrix]] = {}
+        self._known: dict[str, Tensor] = {}
+        for name, job in jobs.items():
+            self._members.setdefault(scale_group(name), []).append(job.matrix)
+
+    def of(self, job: _Job) -> Tensor | None:
+        wq = job.assignment.wq
+        if wq is None or not wq.needs_absmax:
+            return None
+        key = scale_group(job.matrix.name)
+        if key not in self._known:
+            found = [self._reader.read_rows(m, 0, m.rows).abs().amax() for m in self._members[key]]
+            self._known[key] = torch.stack(found).amax().float()
+        return self._known[key]

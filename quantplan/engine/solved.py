@@ -1,0 +1,124 @@
+"""What calibration has solved, block by block, kept beside the output until that is written: the memory of an interrupted run.
+
+`blocks.jsonl` names the blocks that are done, one a line; `block-00012.safetensors` holds their matrices, codes and parameters;
+`states-00012.safetensors` the hidden states that block 12 is given, verbatim, so that a resumed run makes the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantplan.checkpoint import durable
+from quantplan.scheme import SchemeConfig
+from quantplan.tensor import QuantizedTensor
+
+JOURNAL = "blocks.jsonl"
+_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
+
+
+class SolvedBlocks:
+    """The folder of an interrupted or finished calibration. One process at a time: the output's lock covers it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[str, str] = {}  # matrix -> file
+        self.done: list[dict[str, Any]] = []  # what the journal says of each block, in order
+        for line in self._lines():
+            if not self._matches(line):
+                break
+            self.done.append(line)
+            self._files |= dict.fromkeys(line["matrices"], line["file"])
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path = self.folder / JOURNAL
+        found = []
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+            try:
+                found.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                break  # torn by a crash: it and what follows is not done
+        return found
+
+    def _matches(self, line: Mapping[str, Any]) -> bool:
+        """Whether a block's file is what the journal says."""
+        try:
+            return _sha256(self.folder / line["file"]) == line["sha256"]
+        except (OSError, KeyError, TypeError):
+            return False
+
+    def __contains__(self, matrix: object) -> bool:
+        return matrix in self._files
+
+    def read(self, matrix: str, scheme: SchemeConfig) -> QuantizedTensor:
+        """One solved matrix."""
+        with safe_open(self.folder / self._files[matrix], "pt") as file:
+            names = [n for n in file.keys() if n.rpartition("/")[0] == matrix]  # noqa: SIM118
+            parts = {n.rpartition("/")[2]: file.get_tensor(n) for n in names}
+        return QuantizedTensor(parts.pop("codes"), parts, scheme)
+
+    def states(self) -> dict[str, Tensor] | None:
+        """The hidden states the first block that is not done is given; None when they are lost."""
+        path = self.folder / _states(len(self.done))
+        try:
+            if not self.done or _sha256(path) != self.done[-1]["states"]:
+                return None
+        except OSError:
+            return None
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def forget(self) -> None:
+        """Nothing is done."""
+        for path in self.folder.iterdir():
+            durable.remove(path)
+        self.done.clear()
+        self._files.clear()
+
+    def add(self, solved: Mapping[str, QuantizedTensor], states: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """One more block is done: its matrices, the hidden states after it, and what to say about it."""
+        number = len(self.done)
+        file = f"block-{number:05}.safetensors"
+        tensors = {f"{name}/{part}": t for name, q in solved.items() for part, t in {"codes": q.codes, **q.params}.items()}
+        with durable.named_errors(self.folder):
+            digest = self._save(file, tensors, sync=True)
+            following = self._save(_states(number + 1), states, sync=False)
+            line = {**facts, "file": file, "sha256": digest, "states": following, "matrices": sorted(solved)}
+            with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+            durable.remove(self.folder / _states(number))
+        self.done.append(line)
+        self._files |= dict.fromkeys(solved, file)
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], sync: bool) -> str:
+        """Writes a file whole, under its name only when it is; its sha256. States are not synced: a power cut that loses them
+        is seen by the hash."""
+        part = self.folder / f"{name}.part"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+        digest = _sha256(part)
+        if sync:
+            with open(part, "rb") as written:
+                os.fsync(written.fileno())
+        os.rename(part, self.folder / name)
+        return digest
+
+
+def _states(block: int) -> str:
+    return f"states-{block:05}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""What calibration knows of the inputs of a matrix: second moments, and how far the quantized model's inputs have drifted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quantplan.errors import fail
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Means over `count` tokens, float32 `[columns, columns]`.
+
+    `hessian`: `E[x x^T]`, with `x` the inputs as the model quantized so far produces them. The squared error of a layer's
+    outputs is `tr(E H E^T)` for an error `E` of its weight, so it is (half) the Hessian of the layer's loss.
+    `drift`: `E[(y - x) x^T]` with `y` the float model's inputs of the same tokens; None where it was not collected.
+    """
+
+    hessian: Tensor
+    count: int
+    drift: Tensor | None = None
+    _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def damped(self, damping: float) -> Tensor:
+        """The Hessian with `damping` times its mean diagonal added to its diagonal; columns that were always zero get one.
+        Computed once for matrices that share their inputs."""
+        import torch
+
+        if ("damped", damping) not in self._kept:
+            diagonal = self.hessian.diagonal()
+            added = diagonal.mean().mul(damping).clamp(min=torch.finfo(torch.float32).tiny)
+            self._kept["damped", damping] = self.hessian + torch.diag(torch.where(diagonal > 0, added, 1.0))
+        kept: Tensor = self._kept["damped", damping]
+        return kept
+
+    def factor(self, damping: float, order: Tensor) -> Tensor:
+        """Upper triangular `U` with `U^T U` the inverse of the damped Hessian, rows and columns in `order`; float32.
+
+        The damping is doubled until the factorization exists, in float64 from the second try on. Raises QP604 when it never
+        does."""
+        import torch
+
+        key = ("factor", damping, tuple(order.tolist()))
+        if key in self._kept:
+            found: Tensor = self._kept[key]
+            return found
+        added, dtype = damping, torch.float32
+        for _ in range(12):
+            ordered = self.damped(added)[order][:, order].to(dtype)
+            lower, failed = torch.linalg.cholesky_ex(ordered)
+            if not failed:
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not failed and torch.isfinite(upper).all():
+                    self._kept[key] = upper.float()
+                    return upper.float()
+            added, dtype = (added if dtype == torch.float32 else 2 * max(added, 1e-4)), torch.float64
+        raise fail("QP604", "the inputs' second moments cannot be factorized", "use more calibration data, or algorithm: rtn")
+
+    def corrected(self, weight: Tensor, damping: float) -> Tensor:
+        """The weight whose outputs for the quantized model's inputs come nearest to those of `weight` `[rows, columns]` for the
+        float model's: `W + W D (H + damping)^-1` with `D` the drift (the closed form of Qronos, arXiv 2505.11695, and GPTAQ,
+        2504.02692). The weight itself where there is no drift."""
+        import torch
+
+        if self.drift is None:
+            return weight
+        if ("correction", damping) not in self._kept:
+            lower, failed = torch.linalg.cholesky_ex(self.damped(damping).double())
+            solved = torch.cholesky_solve(self.drift.t().double(), lower).t() if not failed else torch.zeros_like(lower)
+            self._kept["correction", damping] = solved.float()
+        return weight + weight @ self._kept["correction", damping]
