@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,14 +52,15 @@ def cut(stream: Ids, length: int, specials: Specials) -> list[list[int]]:
     return rows
 
 
-def seeded_order(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in an order that `seed` decides: the same everywhere and for ever, whatever a library's
-    generators do, and a number's rank among the others does not change when `count` grows."""
-
-    def rank(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=16).digest()
-
-    return sorted(range(count), key=rank)
+def seeded_order(count: int, seed: int) -> Iterator[int]:
+    """The numbers below `count` in an order that `seed` decides: the same everywhere and for ever, whatever becomes of a
+    library's generators. A shuffle by Fisher and Yates that works out only as much of the order as is asked for."""
+    moved: dict[int, int] = {}
+    for place in range(count):
+        drawn = int.from_bytes(hashlib.blake2b(f"{seed}:{place}".encode(), digest_size=16).digest(), "big")
+        other = place + drawn % (count - place)
+        yield moved.get(other, other)
+        moved[other] = moved.pop(place, place)
 
 
 def padded(rows: Sequence[Ids], length: int, padding: int) -> tuple[Tensor, Tensor]:
@@ -75,7 +76,7 @@ def counted(ids: Tensor, lengths: Tensor, skip: int, begins: Iterable[int]) -> T
     """Which positions of `ids` `[rows, length]` count in statistics, bool `[rows, length]`: not padding, not the first
     `skip` of a sequence, and unless `skip` is 0 none of the tokens `begins`.
 
-    Models park attention on the first token and on begin-of-sequence tokens; activations there can be a thousand times
+    Models park attention on the first token and on begin-of-sequence tokens; activations there can be hundreds of times
     larger than anywhere else, and second moments over them would be about nothing else.
     """
     import torch

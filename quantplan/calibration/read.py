@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantplan.calibration.documents import Document
 from quantplan.calibration.pack import Specials, counted, cut, join, padded, seeded_order
-from quantplan.calibration.sources import find_documents
+from quantplan.calibration.sources import enough, find_documents
 from quantplan.calibration.tokens import Encoder, stored_ids
+from quantplan.calibration.written import written
 from quantplan.errors import Problem, QuantplanError, errors_in, fail
 from quantplan.headers import read_config
 from quantplan.models.modules import text_config
@@ -23,8 +24,10 @@ from quantplan.plan.schema import SELF, Calibration
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLENTY = 32  # characters tokenized at most for each token asked for: no language's tokens are that long
-PIECE = 1 << 16  # characters
+# characters tokenized for each token asked for. English has 4 to 5 a token, and a choice takes several times as many sequences
+# to choose from; where tokens are longer than that, more is read
+ENOUGH, CHOICE = 8, 32
+MARGIN = 64  # tokens beside a cut through a text, which may be others than those of the whole text
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +62,11 @@ def read_calibration(
     base: Path,
     on_step: Callable[[int, int], None] | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> CalibrationSet:
     """The sequences that `settings` describe, for the checkpoint in the directory `model`. Paths in them are relative to
     `base`, the folder of the plan's file. For the source `self`, `on_step(tokens done, tokens in all)` is called as the model
-    writes, on `device` (None: cuda where there is one).
+    writes, on `device` (None: cuda where there is one). Code of the checkpoint's runs only with `trust_remote_code`.
 
     Raises QuantplanError with every problem of one stage: settings (QP105, QP132, QP301), settings and model (QP133, QP134),
     data (QP130, QP230), tokenizer (QP222, QP231), packages and network (QP405, QP406). Paths of problems lead into the plan.
@@ -73,11 +77,12 @@ def read_calibration(
         raise QuantplanError(errors_in(problems))
     length = length_for(settings, config)
     if settings.source == SELF:
-        raise fail("QP108", "source 'self' is not available yet", "name a source")
-    if extension(settings.source) == TOKEN_IDS:
+        begin = [token for key in ("bos_token_id", "eos_token_id") for token in _entries(config, key)]
+        rows, name, specials = written(settings, model, length, begin, on_step, device, trust_remote_code), SELF, Specials()
+    elif extension(settings.source) == TOKEN_IDS:
         rows, name, specials = _stored(settings, base, length)
     else:
-        rows, name, specials = _tokenized(settings, model, base, length)
+        rows, name, specials = _tokenized(settings, base, length, Encoder.of(model, trust_remote_code))
     return _finished(rows, settings, config, name, specials)
 
 
@@ -91,9 +96,9 @@ def batches(data: CalibrationSet, config: Any, size: int = 8) -> Iterator[dict[s
         if int(lengths.min()) < ids.shape[1]:
             made["attention_mask"] = _upto(lengths, ids.shape[1]).long()
         if get("is_encoder_decoder"):
-            known = (_first(get(key)) for key in ("decoder_start_token_id", "pad_token_id", "bos_token_id"))
+            known = [t for key in ("decoder_start_token_id", "pad_token_id", "bos_token_id") for t in _ids(get(key))]
             shifted = ids.roll(1, 1)
-            shifted[:, 0] = next((token for token in known if token is not None), 0)
+            shifted[:, 0] = known[0] if known else 0
             made["decoder_input_ids"] = shifted
         yield made
 
@@ -119,10 +124,9 @@ def _stored(settings: Calibration, base: Path, length: int) -> tuple[list[list[i
     return _chosen(rows, settings), path.name, Specials()
 
 
-def _tokenized(settings: Calibration, model: Path, base: Path, length: int) -> tuple[list[list[int]], str, Specials]:
+def _tokenized(settings: Calibration, base: Path, length: int, encoder: Encoder) -> tuple[list[list[int]], str, Specials]:
     """Text and chats, tokenized and packed."""
     documents, name = find_documents(settings, base)
-    encoder = Encoder.of(model)
     specials = encoder.specials
     if length <= len(specials.prefix) + len(specials.suffix):
         message = f"sequences of {length} tokens have no room beside the {length} special tokens that the tokenizer adds"
@@ -133,9 +137,15 @@ def _tokenized(settings: Calibration, model: Path, base: Path, length: int) -> t
 
 
 def _stream(documents: Sequence[Document], encoder: Encoder, settings: Calibration, length: int) -> list[int]:
-    """Enough tokens of `documents`. Not all of them where there is far more text than is asked for: in order, as many as it
-    takes; shuffled, documents that the seed chooses, in their own order."""
-    return join(encoder.encode(documents), encoder.specials)
+    """Tokens of `documents`, as many as it takes or more: not of all, where there is far more text than is asked for."""
+    wanted = settings.samples * length
+    limit = wanted * (CHOICE if settings.shuffle else ENOUGH)
+    while True:
+        some, all_of_them = enough(documents, limit, settings.seed if settings.shuffle else None)
+        stream = join(encoder.encode(some), encoder.specials)
+        if all_of_them or len(stream) > wanted + MARGIN:
+            return stream
+        limit *= 8
 
 
 def _check_enough(rows: Sequence[Sequence[int]], length: int, name: str) -> None:
@@ -158,13 +168,13 @@ def _finished(
 ) -> CalibrationSet:
     text = text_config(config)
     length = len(rows[0])
-    padding = next((t for key in ("pad_token_id", "eos_token_id") if (t := _first(text.get(key))) is not None), 0)
-    ids, lengths = padded(rows, length, max(0, padding))
+    padding = next((t for key in ("pad_token_id", "eos_token_id") for t in _entries(config, key)), 0)
+    ids, lengths = padded(rows, length, padding)
     vocabulary, largest = text.get("vocab_size"), int(ids.max())
     if isinstance(vocabulary, int) and largest >= vocabulary:
         message = f"has the token id {largest:,}, the model's vocabulary {vocabulary:,}"
         raise fail("QP232", message, "use ids that this model's tokenizer made", file=name)
-    begins = {*specials.prefix, *_all(config.get("bos_token_id")), *_all(text.get("bos_token_id"))}
+    begins = {*specials.prefix, *_entries(config, "bos_token_id")}
     mask = counted(ids, lengths, settings.skip_tokens, begins)
     notes = []
     if len(rows) < settings.samples:
@@ -181,10 +191,10 @@ def _finished(
     return CalibrationSet(ids, mask, lengths, digest.hexdigest(), name, tuple(notes))
 
 
-def _all(value: Any) -> list[int]:
-    """The token ids in a config's entry, which is one, a list or nothing."""
+def _entries(config: Mapping[str, Any], key: str) -> list[int]:
+    """The token ids under a config's key, which holds one, a list or nothing; the language model's own part first."""
+    return [t for part in (text_config(config), config) for t in _ids(part.get(key))]
+
+
+def _ids(value: Any) -> list[int]:
     return [t for t in (value if isinstance(value, list) else [value]) if type(t) is int and t >= 0]
-
-
-def _first(value: Any) -> int | None:
-    return next(iter(_all(value)), None)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from quantplan.calibration.documents import ADVICE, MESSAGES, Document, document_of, no_field, read_documents
+from quantplan.calibration.pack import seeded_order
 from quantplan.errors import QuantplanError, fail, printable
 from quantplan.plan.calibration import ROWS, TEXTS, extension
 from quantplan.plan.schema import Calibration
 
 IN_FOLDERS = (*(t for t in TEXTS if t != ".md"), *ROWS)  # a README is no data
+PIECE = 1 << 14  # characters
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes
-_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Rows(Sequence[Document]):
@@ -112,3 +114,42 @@ def _refused(error: Exception, name: str) -> QuantplanError:
         advice = "is the network up? A folder that save_to_disk wrote, or a file, needs none"
         return fail("QP406", f"the data set cannot be fetched: {reason}", advice, file=name)
     return fail("QP130", f"the data set cannot be opened: {reason}", "are its name, subset and split right?", file=name)
+
+
+def enough(documents: Sequence[Document], limit: int, seed: int | None) -> tuple[list[Document], bool]:
+    """Some of the documents with `limit` characters or a little more, in their order, and whether these are all: the first
+    ones with `seed` None, else those that the seed chooses. A text longer than `limit` is cut: off, or into pieces at the ends
+    of lines, which are then chosen like documents."""
+    if seed is not None and isinstance(documents, list):
+        documents = [piece for document in documents for piece in _pieces(document, limit)]
+    chosen: dict[int, Document] = {}
+    held = 0
+    for index in range(len(documents)) if seed is None else seeded_order(len(documents), seed):
+        document = documents[index]
+        held += _size(document)
+        if held > limit and isinstance(document, str) and seed is None:
+            return [*chosen.values(), document[: len(document) - held + limit]], False
+        if not isinstance(document, str) or document.strip():
+            chosen[index] = document
+        if held > limit and len(chosen) < len(documents):
+            return [chosen[i] for i in sorted(chosen)], False
+    return [chosen[i] for i in sorted(chosen)], True
+
+
+def _size(document: Document) -> int:
+    """Characters."""
+    return len(document) if isinstance(document, str) else sum(len(str(turn["content"])) for turn in document)
+
+
+def _pieces(document: Document, limit: int) -> list[Document]:
+    """The document, or where it is a text longer than `limit` its pieces of about `PIECE` characters."""
+    if not isinstance(document, str) or len(document) <= limit:
+        return [document]
+    pieces: list[Document] = []
+    at = 0
+    while at < len(document):
+        end = document.find("\n", at + PIECE) + 1 or len(document)
+        end = min(end, at + 2 * PIECE)
+        pieces.append(document[at:end])
+        at = end
+    return pieces

@@ -21,12 +21,12 @@ BATCH = 256  # documents tokenized at once
 PROBE = "a"  # a text that no tokenizer takes for nothing
 
 
-def open_tokenizer(model: str | os.PathLike[str]) -> Any:
-    """The tokenizer in a directory (or Hub id). None of its code runs. Raises QP222."""
+def open_tokenizer(model: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a directory (or Hub id). Code it brings runs only with `trust_remote_code`. Raises QP222."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers' and tokenizers' errors share no base class
         reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
         advice = "copy the tokenizer's files beside the weights, or give token ids (.safetensors)"
@@ -67,10 +67,10 @@ class Encoder:
     model: str  # where the tokenizer is, for messages
 
     @staticmethod
-    def of(model: str | os.PathLike[str]) -> Encoder:
+    def of(model: str | os.PathLike[str], trust_remote_code: bool = False) -> Encoder:
         """That of the model in a directory. Between documents stand the tokens that the tokenizer puts around a text; where
         it puts none, an empty line. Raises QP222."""
-        tokenizer = open_tokenizer(model)
+        tokenizer = open_tokenizer(model, trust_remote_code)
         bare = tokenizer(PROBE, add_special_tokens=False).input_ids
         full = list(tokenizer(PROBE).input_ids)
         at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
