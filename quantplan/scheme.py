@@ -228,9 +228,8 @@ class Quantizer(ABC):
     def spread(self, params: Params, rows: int, columns: int) -> tuple[Params, int]:
         """Parameters, as `fit` makes them for a `[rows, columns]` matrix, for each row: every one `[rows, across, 1]`, and the
         columns that share one of the `across`. Those of the whole tensor stay."""
-        across, down = (self.config.grid(rows, columns)[i] for i in (1, 0))
-        tall = -(-rows // down)
-        wide = BLOCK if self.config.strategy == "block" else columns // across
+        down, across = self.config.grid(rows, columns)
+        tall, wide = (BLOCK, BLOCK) if self.config.strategy == "block" else (-(-rows // down), columns // across)
         own = self.config.tensor_params
         spread = {n: p if n in own else _tall(p, tall)[:rows].expand(rows, across, 1) for n, p in params.items()}
         return spread, wide
