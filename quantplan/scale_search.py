@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,12 +13,26 @@ if TYPE_CHECKING:
 PIECE = 1 << 18  # weights worked on at a time: a few float32 copies of them fit a core's cache
 
 
+@dataclass(frozen=True)
+class Ranges:
+    """What a search tries: `count` shares of a group's full range, from all of it to `lowest`. `signed`: steps may be negative,
+    so that the level an integer grid has more on its negative side serves the group's largest weight, whatever its sign."""
+
+    count: int
+    lowest: float
+    signed: bool = False
+
+
 def search_scales(
-    weight: Tensor, quantizer: Quantizer, importance: Tensor | None, grid: int, lowest: float, absmax: Tensor | None = None
+    weight: Tensor,
+    quantizer: Quantizer,
+    importance: Tensor | None,
+    ranges: Ranges,
+    absmax: Tensor | None = None,
 ) -> Params:
     """Parameters for `weight` `[rows, columns]`, as `Quantizer.fit` makes them for its groups, with the least
-    `sum(importance * (w - q)^2)` of `grid` ranges, the whole one first and the narrowest `lowest` of it; ties go to the wider.
-    `importance`: `[columns]`, at least 0; None counts all columns alike.
+    `sum(importance * (w - q)^2)` of those in `ranges`; ties go to the wider. `importance`: `[columns]`, at least 0; None counts
+    all columns alike.
 
     Where steps are stored finely, each range is only a proposal of codes, and its step the least-squares one for them,
     `<w, c> / <c, c>` (as llama.cpp's `make_qx_quants` chooses it). Raises NonFinite.
@@ -25,11 +40,11 @@ def search_scales(
     rows, columns = weight.shape
     if quantizer.config.strategy in ("tensor", "block"):
         shares = None if importance is None else quantizer.groups(importance.expand(rows, columns))
-        return _search(quantizer.groups(weight), quantizer, shares, grid, lowest, absmax)
+        return _search(quantizer.groups(weight), quantizer, shares, ranges, absmax)
     shares = None if importance is None else quantizer.groups(importance[None])
     height = max(1, PIECE // columns)
     pieces = [
-        _search(quantizer.groups(part), quantizer, shares, grid, lowest, _whole(quantizer, weight, absmax))
+        _search(quantizer.groups(part), quantizer, shares, ranges, _whole(quantizer, weight, absmax))
         for part in weight.split(height)
     ]
     return joined(pieces, quantizer)
@@ -47,9 +62,7 @@ def _whole(quantizer: Quantizer, weight: Tensor, absmax: Tensor | None) -> Tenso
     return weight.abs().amax() if absmax is None and quantizer.config.needs_absmax else absmax
 
 
-def _search(
-    groups: Tensor, quantizer: Quantizer, shares: Tensor | None, grid: int, lowest: float, absmax: Tensor | None
-) -> Params:
+def _search(groups: Tensor, quantizer: Quantizer, shares: Tensor | None, ranges: Ranges, absmax: Tensor | None) -> Params:
     import torch
 
     if absmax is None and quantizer.config.needs_absmax:
@@ -57,8 +70,14 @@ def _search(
     weighed = groups if shares is None else groups * shares
     best: Params = {}
     most: Tensor | None = None
-    for factor in quantizer.config.shrink_factors(grid, lowest):
+    turn: Tensor | None = None
+    if ranges.signed and quantizer.config.lopsided:
+        low, high = torch.aminmax(groups, dim=-1, keepdim=True)
+        turn = torch.where(-low >= high, 1.0, -1.0)  # the longer side of the grid goes where the largest weight is
+    for factor in quantizer.config.shrink_factors(ranges.count, ranges.lowest):
         params = quantizer.fit(groups, factor, absmax)
+        if turn is not None:
+            params = quantizer.with_step(params, quantizer.step(params) * turn)
         values = quantizer.nearest(groups, params)
         fits = (weighed * values).sum(-1, keepdim=True)
         size = (values.square() if shares is None else values.square().mul_(shares)).sum(-1, keepdim=True)

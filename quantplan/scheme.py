@@ -32,7 +32,7 @@ Params = dict[str, "Tensor"]
 
 BLOCK = 128  # side of a block: DeepSeek-V3's FP8 blocks, the only size engines compute with
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-NOT_IN_PLANS = frozenset({"dtype"})
+NOT_IN_PLANS = frozenset({"dtype", "dynamic"})  # `dynamic` is an option of activations alone: see `activation_options`
 
 
 class SchemeConfig(BaseModel, ABC):
@@ -59,6 +59,8 @@ class SchemeConfig(BaseModel, ABC):
     """to nearest with ties to even, or up with probability equal to the remainder"""
     seed: int = 0
     """seed of stochastic rounding"""
+    dynamic: bool = True
+    """(activations) whether ranges are taken from each input as it comes; if not, calibration finds one for the layer"""
     dtype: DType | None = Field(default=None, exclude=True)
     """dtype of dequantized values when the quantizer is used by hand; the input's by default"""
 
@@ -73,12 +75,19 @@ class SchemeConfig(BaseModel, ABC):
             raise ValueError("granularity: granularity 'group' needs a group_size")
         if self.fixed_group_size and self.group_size not in (None, self.fixed_group_size):
             raise ValueError(f"group_size: {self.name} has groups of {self.fixed_group_size}, always")
+        if not self.dynamic and strategy != "tensor" and not self.tensor_params:
+            raise ValueError(f"dynamic: a static range is one for the whole tensor, and this is one for every {strategy}")
         return self
 
     @classmethod
     def plan_options(cls) -> dict[str, Any]:
         """Option name -> pydantic field, as a plan may set them."""
         return {n: f for n, f in cls.model_fields.items() if n not in NOT_IN_PLANS}
+
+    @classmethod
+    def activation_options(cls) -> dict[str, Any]:
+        """Option name -> pydantic field, as a plan may set them for activations."""
+        return {n: f for n, f in cls.model_fields.items() if n in (*cls.plan_options(), "dynamic")}
 
     def meaning(self) -> SchemeConfig:
         """The config with the options that do not matter once codes are chosen at their defaults: equal meanings, equal grids."""
@@ -90,8 +99,8 @@ class SchemeConfig(BaseModel, ABC):
         if self.granularity:
             return self.granularity
         if self.group_size or self.default_group_size or self.fixed_group_size:
-            return "group"
-        return self.granularities[0]
+            return "group" if self.dynamic or self.group_size or "tensor" not in self.granularities else "tensor"
+        return self.granularities[0] if self.dynamic else "tensor"
 
     @property
     def group(self) -> int | None:
@@ -102,6 +111,11 @@ class SchemeConfig(BaseModel, ABC):
     def symmetric_grid(self) -> bool:
         """Whether zero is the centre of the grid, so that no zero point is stored."""
         return True
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether the grid reaches further below zero than above and its step may be negative, which turns it round."""
+        return False
 
     @property
     def splittable(self) -> bool:
@@ -137,6 +151,14 @@ class SchemeConfig(BaseModel, ABC):
     @abstractmethod
     def param_layout(self, rows: int, columns: int) -> Layout:
         """Name, dtype and shape of each stored parameter of a `[rows, columns]` matrix."""
+
+    def static_layout(self) -> Layout:
+        """Name, dtype and shape of what calibration finds for activations: one value each. Nothing for dynamic ones; where groups
+        have scales of their own, these stay dynamic, and only what belongs to the whole tensor is found."""
+        if self.dynamic:
+            return {}
+        params = self.param_layout(1, self.group or 1)
+        return {n: (dtype, (1,)) for n, (dtype, _) in params.items() if not self.tensor_params or n in self.tensor_params}
 
     @abstractmethod
     def quantizer(self, stream: str = "") -> Quantizer:
@@ -202,6 +224,15 @@ class Quantizer(ABC):
 
         ends = torch.stack([known.low, known.high], -1)
         return self.fit(ends, absmax=ends.abs().amax() if self.config.needs_absmax else None)
+
+    def fit_static(self, known: Range) -> Params:
+        """What `static_layout` lists, for inputs known to lie in a range, one for the tensor. Raises NonFinite."""
+        return {n: p.reshape(1) for n, p in self.fit_range(known).items() if n in self.config.static_layout()}
+
+    def round_static(self, x: Tensor, params: Params) -> Tensor:
+        """Activations of any shape on the grid that `fit_static` gave, in their own dtype; what lies outside saturates. Schemes
+        whose groups stay dynamic say how."""
+        return self.decode(self.encode(x.float(), params), params).to(x.dtype)
 
     def groups(self, x: Tensor) -> Tensor:
         """A matrix `[rows, columns]` as groups `[down, across, size]`; blocks at the edges are padded with zeros."""
@@ -321,8 +352,9 @@ def stored_step(step: Tensor, dtype: DType | None, before: Tensor) -> Tensor:
 
     from quantplan.numerics import round_through
 
-    stored = round_through(step, getattr(torch, dtype or "bfloat16"))
-    return torch.where((stored == 0) | ~torch.isfinite(stored), before, stored)
+    stored = round_through(step.abs(), getattr(torch, dtype or "bfloat16"))
+    stored = torch.where(step < 0, -stored, stored)
+    return torch.where((step == 0) | ~torch.isfinite(stored), before, stored)
 
 
 def check_finite(statistic: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm, Need
-from quantplan.scale_search import choose, search_scales
+from quantplan.scale_search import Ranges, choose, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,12 +32,14 @@ class GPTQ(Algorithm):
     """columns with the largest inputs first; groups stay where they are, so nothing is stored for it"""
     drift: float = Field(default=1.0, ge=0, le=1)
     """how far weights make up for what layers before them did to their inputs: 1 fully, 0 not at all"""
-    drift_damping: float = Field(default=0.01, gt=0, le=10)
-    """the damping of that correction"""
+    drift_damping: float = Field(default=1.0, gt=0, le=100)
+    """what that correction adds to the Hessian's diagonal, as a share of its mean: it must not learn the noise of few data"""
     grid: int = Field(default=16, ge=2, le=1000)
     """ranges the scale search tries"""
     lowest: float = Field(default=0.6, gt=0, lt=1)
     """the narrowest of them, as a share of the full one"""
+    signed_scales: bool = True
+    """scales of symmetric integers may be negative, so that all levels are used whatever the sign of the largest weight"""
     refits: int = Field(default=1, ge=0, le=100)
     """rounds of refinement: scales by least squares for the codes found, then codes again"""
     sweeps: int = Field(default=2, ge=0, le=100)
@@ -66,7 +68,8 @@ class GPTQ(Algorithm):
         upper = statistics.factor(self.damping, order)
         importance = torch.empty_like(diagonal)
         importance[order] = upper.diagonal().square().reciprocal()  # what an error there costs once the rest made up for it
-        params = search_scales(target, quantizer, importance, self.grid, self.lowest, absmax)
+        ranges = Ranges(self.grid, self.lowest, self.signed_scales)
+        params = search_scales(target, quantizer, importance, ranges, absmax)
         columns = _Columns(quantizer, params, *weight.shape)
         values = _compensate(target.t(), columns, upper, order)
         params, values = self._refine(target.t(), quantizer, params, values, hessian)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm, Need
-from quantplan.scale_search import choose, search_scales
+from quantplan.scale_search import Ranges, choose, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class RoundToNearest(Algorithm):
         if self.search == "imatrix":
             assert statistics is not None, "search: imatrix needs statistics"
             importance = statistics.hessian.diagonal()
-            params = search_scales(weight, quantizer, importance, self.grid, self.lowest, absmax)
+            params = search_scales(weight, quantizer, importance, Ranges(self.grid, self.lowest), absmax)
         elif self.search == "mse":
             params = self._least_error(groups, quantizer, absmax)
         else:

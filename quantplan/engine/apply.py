@@ -18,7 +18,7 @@ from quantplan.checkpoint.provenance import NAME, UNKNOWN, fingerprint, other_ha
 from quantplan.checkpoint.reader import TensorReader, reading
 from quantplan.checkpoint.side_files import output_config, side_files
 from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes
-from quantplan.errors import fail
+from quantplan.errors import QuantplanError, fail
 from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint, read_checkpoint
@@ -123,8 +123,9 @@ def apply(
         copied = side_files(source)
         begun = fingerprint(resolution, layout)
     check_environment(predicted, target)
-    data = _calibration_data(resolution, tell)
+    data = _calibration_data(resolution, trust_remote_code, tell)
     if data is not None:
+        resolution = replace(resolution, problems=(*resolution.problems, *map(resolution.loaded.locate, data.notes)))
         begun = {**begun, "calibration": data.hash}
     with (
         TensorReader(source.require_path(), source.tensors) as reader,
@@ -156,19 +157,23 @@ def apply(
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
 
 
-def _calibration_data(resolution: Resolution, tell: OnStep) -> CalibrationSet | None:
+def _calibration_data(resolution: Resolution, trust_remote_code: bool, tell: OnStep) -> CalibrationSet | None:
     """The plan's calibration data where an assignment needs any: read, packed, or written by the model itself."""
     if not resolution.needs_data:
         return None
     from quantplan.calibration.read import read_calibration
 
-    settings = resolution.calibration
-    return read_calibration(
-        settings,
-        resolution.checkpoint.require_path(),
-        Path(resolution.loaded.source.file).parent,
-        on_step=lambda done, total: tell(Step("reading", settings.source, done, total)),
-    )
+    settings, loaded = resolution.calibration, resolution.loaded
+    try:
+        return read_calibration(
+            settings,
+            resolution.checkpoint.require_path(),
+            Path(loaded.source.file).parent,
+            on_step=lambda done, total: tell(Step("reading", settings.source, done, total)),
+            trust_remote_code=trust_remote_code,
+        )
+    except QuantplanError as error:
+        raise QuantplanError(loaded.locate(p) for p in error.problems) from None
 
 
 def with_weights(checkpoint: Checkpoint) -> Checkpoint:
@@ -204,6 +209,8 @@ def write_units(
                 same, tensor = next(stream)
                 assert same is unit and unit.matrix is not None and unit.assignment is not None
                 encoded = output.encode(unit.matrix, tensor, unit.assignment.aq)
+                if solved is not None and unit.assignment.observer is not None:
+                    encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
                 for info in unit.outputs:
                     writer.write(info, _bytes(encoded[info.name]))
             elif unit.kind == "cast":

@@ -124,8 +124,8 @@ class Calibration(PlanModel):
     """which sequences are taken, and what the model writes; 0 is a seed like any other"""
     shuffle: bool = True
     """false: the first sequences in their order, whatever the seed"""
-    skip_tokens: NonNegativeInt = 1
-    """positions at the start of each sequence that statistics leave out, and with them every begin-of-sequence token; 0: none"""
+    skip_tokens: NonNegativeInt = 0
+    """positions at the start of each sequence that statistics leave out, and with them every begin-of-sequence token; 0: all count"""
 
     @model_validator(mode="after")
     def _something_counts(self) -> Calibration:

@@ -47,6 +47,10 @@ class IntegerConfig(SchemeConfig):
         return self.symmetric
 
     @property
+    def lopsided(self) -> bool:
+        return self.symmetric
+
+    @property
     def divisor(self) -> float:
         """What `scale_rule` divides by."""
         half = 2 ** (self.bits - 1)
