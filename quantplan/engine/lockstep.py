@@ -36,9 +36,9 @@ def lockstep(
         while waiting := {i: t for i, t in enumerate(threads) if t.point is not None}:
             point = min((t.point for t in waiting.values()), key=rank)  # type: ignore[arg-type]
             here = {i: t for i, t in waiting.items() if t.point == point}
-            answers = meet(point, {i: t.value for i, t in here.items()})
+            answers = dict(meet(point, {i: t.value for i, t in here.items()}))
             for i, thread in here.items():
-                thread.value = answers[i]
+                thread.value = answers.pop(i)  # nothing of a point is held here while runs make what they bring to the next
                 thread.go_on()
         return [thread.result for thread in threads]
     finally:
@@ -82,7 +82,9 @@ class _Run(threading.Thread, Generic[V, R]):
         if not self._wanted:
             raise _Stopped
         self.point = None
-        return self.value
+        value = self.value
+        del self.value
+        return value
 
     def go_on(self) -> None:
         """Lets it run to its next point or its end. Raises what it raised."""
