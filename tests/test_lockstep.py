@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -158,10 +159,8 @@ def test_an_exception_of_meet_stops_all(error: type[BaseException]) -> None:
 def test_a_run_that_swallows_exceptions_is_ended_all_the_same() -> None:
     def stubborn(wait: Wait[Any]) -> None:
         for point in range(3):
-            try:
+            with contextlib.suppress(Exception):
                 wait(point, None)
-            except Exception:  # noqa: BLE001, S110
-                pass
 
     def meet(point: Any, values: Mapping[int, Any]) -> Mapping[int, Any]:
         raise ValueError("over")

@@ -35,10 +35,19 @@ class SolvedBlocks:
         self._files: dict[str, str] = {}  # matrix -> file
         self.done: list[dict[str, Any]] = []  # what the journal says of each block, in order
         for line in self._lines():
-            if not self._matches(line):
+            if line.get("file") != _block(len(self.done)) or not self._matches(line):
                 break
             self.done.append(line)
             self._files |= dict.fromkeys(line["matrices"], line["file"])
+        self._cut_journal()
+
+    def _cut_journal(self) -> None:
+        """Leaves the lines of what is done, so that the next one follows them whole."""
+        path = self.folder / JOURNAL
+        text = "".join(json.dumps(line) + "\n" for line in self.done).encode()
+        if path.exists() and path.read_bytes() != text:
+            with durable.named_errors(path):
+                durable.write_durably(path, text)
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self.folder / JOURNAL
@@ -113,6 +122,10 @@ class SolvedBlocks:
                 os.fsync(written.fileno())
         os.rename(part, self.folder / name)
         return digest
+
+
+def _block(number: int) -> str:
+    return f"block-{number:05}.safetensors"
 
 
 def _states(block: int) -> str:
