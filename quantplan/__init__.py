@@ -18,6 +18,7 @@ _NAMES = {
     "FP4Quantizer": "quantplan.schemes.floating",
     "FP8Config": "quantplan.schemes.floating",
     "FP8Quantizer": "quantplan.schemes.floating",
+    "HeadroomObserver": "quantplan.nn.observers",
     "HistogramObserver": "quantplan.nn.observers",
     "INT2Config": "quantplan.schemes.integer",
     "INT2Quantizer": "quantplan.schemes.integer",

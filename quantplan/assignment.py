@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantplan.algorithm import Algorithm
 from quantplan.errors import Path
 from quantplan.models.modules import Matrix, Module
+from quantplan.observer import ObserverConfig
 from quantplan.scheme import SchemeConfig
 
 
@@ -22,13 +23,15 @@ class Origin:
 @dataclass(frozen=True)
 class Assignment:
     """A module and its treatment. `wq` None: the weight stays in the source precision. Fields of `origin` are named as in a
-    plan: `wq.scheme`, `wq.group_size`, `aq.scheme`, `algorithm.name`, …"""
+    plan: `wq.scheme`, `wq.group_size`, `aq.scheme`, `algorithm.name`, … `observer`: what finds the range of static
+    activations; None where `aq` is dynamic."""
 
     module: Module
     wq: SchemeConfig | None
     aq: SchemeConfig | None
     algorithm: Algorithm
     origin: Mapping[str, Origin]
+    observer: ObserverConfig | None = None
 
     @property
     def name(self) -> str:

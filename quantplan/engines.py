@@ -92,6 +92,9 @@ def _vllm(a: Assignment, dtype: str) -> Refusal:
 
 
 def _vllm_integer_activations(wq: SchemeConfig, aq: SchemeConfig) -> Refusal:
+    if not aq.dynamic:
+        held = wq.name == aq.name == "int8" and wq.symmetric_grid and wq.strategy in ("channel", "tensor")
+        return None if held else "static activations beside integers need int8, and symmetric int8 weights per channel or tensor"
     if aq.name == "fp8":
         held = wq.name == "int4" and wq.symmetric_grid and wq.group == W4AFP8_GROUP
         return None if held else f"fp8 activations need symmetric int4 weights in groups of {W4AFP8_GROUP}"
@@ -130,8 +133,8 @@ def _vllm_cpu(a: Assignment, dtype: str) -> Refusal:
         return None
     if wq.name.startswith("int") and (aq is None or aq.name != "fp8"):
         return _vllm_cpu_packed(a)
-    if wq.name == "fp8" and wq.strategy == "tensor" and aq is not None:
-        return "its CPU build lacks what fp8 weights with one scale for the whole tensor need"
+    if wq.name == "fp8" and aq is not None and (wq.strategy == "tensor" or not aq.dynamic):
+        return "its CPU build lacks what fp8 with one scale for the whole tensor needs, of weights or of activations"
     if wq.name == "fp8" and aq is not None:
         return "fp8 blocks need a CPU with AMX, or a GPU" if wq.strategy == "block" else None
     return f"has no CPU kernel for {wq.name} weights with {aq.name if aq else 'unquantized'} activations"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,23 @@ def explain_module(resolution: Resolution, assignment: Assignment) -> list[Field
             continue
         name = config.name if config is not None else None
         fields.append(Field(f"{part}.{head}", name, describe_origin(resolution, assignment.origin.get(f"{part}.{head}"))))
-        for option in config.plan_options() if config is not None else ():
+        for option in _options(part, config):
             value = getattr(config, option)
             origin = assignment.origin.get(f"{part}.{option}")
             if origin is None and option in ("granularity", "group_size"):
                 value = config.strategy if option == "granularity" else config.group  # type: ignore[union-attr]
             fields.append(Field(f"{part}.{option}", value, describe_origin(resolution, origin)))
+        if part == "aq" and assignment.observer is not None:
+            shown = {"name": assignment.observer.name, **assignment.observer.model_dump(mode="json")}
+            fields.append(Field("aq.observer", shown, describe_origin(resolution, assignment.origin.get("aq.observer"))))
     return fields
+
+
+def _options(part: str, config: Any) -> Iterable[str]:
+    if config is None:
+        return ()
+    options: Iterable[str] = config.activation_options() if part == "aq" else config.plan_options()
+    return options
 
 
 def summary(assignment: Assignment) -> str:
@@ -68,8 +78,8 @@ def summary(assignment: Assignment) -> str:
 
 def scheme_text(config: Any) -> str:
     """`int4 group 64 asymmetric`."""
-    words = [config.name, config.strategy] + ([str(config.group)] if config.group else [])
-    return " ".join(words if config.symmetric_grid else [*words, "asymmetric"])
+    words = [config.name, "" if config.dynamic else "static", config.strategy, str(config.group or "")]
+    return " ".join(word for word in [*words, "" if config.symmetric_grid else "asymmetric"] if word)
 
 
 def totals(resolution: Resolution) -> list[tuple[str, int, int]]:
@@ -117,7 +127,7 @@ def diff(a: Resolution, b: Resolution) -> list[Change]:
 
 
 def _treatment(a: Assignment) -> tuple[Any, ...]:
-    return (a.wq, a.aq, a.algorithm if a.wq is not None else None)
+    return (a.wq, a.aq, a.observer, a.algorithm if a.wq is not None else None)
 
 
 def _changed_options(before: Assignment, after: Assignment) -> str:
@@ -127,7 +137,7 @@ def _changed_options(before: Assignment, after: Assignment) -> str:
         if old is not None and new is not None and old.name == new.name:
             changed += [
                 f"{part}.{o}: {getattr(old, o)} → {getattr(new, o)}"
-                for o in old.plan_options()
+                for o in _options(part, old)
                 if getattr(old, o) != getattr(new, o)
             ]
     return ", ".join(changed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quantplan.assignment import Assignment
 from quantplan.models.modules import Matrix
 from quantplan.registry import Registry
-from quantplan.scheme import Layout, SchemeConfig
+from quantplan.scheme import Layout, Params, SchemeConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,15 +32,28 @@ class Format(ABC):
 
     @abstractmethod
     def layout(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None) -> Layout:
-        """Full tensor name -> (safetensors dtype, shape) of everything stored for one quantized matrix."""
+        """Full tensor name -> (safetensors dtype, shape) of everything stored for one quantized matrix and its static
+        activations."""
 
     @abstractmethod
     def encode(self, matrix: Matrix, quantized: QuantizedTensor, aq: SchemeConfig | None) -> dict[str, Tensor]:
-        """The tensors `layout` promised."""
+        """The tensors `layout` promised, but for those of static activations."""
 
     @abstractmethod
     def decode(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None, read: Callable[[str], Tensor]) -> QuantizedTensor:
         """The quantized matrix, from tensors read by full name: the inverse of `encode`."""
+
+    def layout_inputs(self, matrix: Matrix, aq: SchemeConfig | None) -> Layout:
+        """What `layout` says of static activations: nothing for dynamic ones."""
+        return {} if aq is None else {f"{matrix.name}.input_{n}": kind for n, kind in aq.static_layout().items()}
+
+    def encode_inputs(self, matrix: Matrix, params: Params) -> dict[str, Tensor]:
+        """The tensors `layout_inputs` promised, from parameters as `Quantizer.fit_static` makes them."""
+        return {f"{matrix.name}.input_{n}": p for n, p in params.items()}
+
+    def decode_inputs(self, matrix: Matrix, aq: SchemeConfig | None, read: Callable[[str], Tensor]) -> Params:
+        """The inverse of `encode_inputs`; empty for dynamic activations."""
+        return {} if aq is None else {n: read(f"{matrix.name}.input_{n}") for n in aq.static_layout()}
 
     @abstractmethod
     def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:

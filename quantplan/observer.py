@@ -61,6 +61,7 @@ class ObserverConfig(BaseModel, ABC):
     name: ClassVar[str]
     use: ClassVar[str]  # what it is for, in a few words
     dynamic: ClassVar[bool] = False  # collects nothing: ranges are taken from each tensor as it comes
+    within: ClassVar[bool] = True  # the range ends where values were seen, or before
     # whether another order of the same tensors gives another range; if not, `join` is exact and commutes
     order_matters: ClassVar[bool] = False
 

@@ -440,7 +440,7 @@ REFUSALS: list[tuple[SchemeConfig, SchemeConfig | None, str | None]] = [
     (scheme("int8", granularity="tensor"), None, None),
     (scheme("int8"), token("nf4"), "dynamic nf4 activations; it has int4, int8, fp8"),
     (scheme("int8"), token("int6"), "dynamic int6 activations; it has int4, int8, fp8"),
-    (scheme("nvfp4"), scheme("nvfp4"), "dynamic nvfp4 activations; it has int4, int8, fp8"),
+    (scheme("nvfp4"), scheme("nvfp4"), "dynamic nvfp4 activations; it has int4, int8, fp8, and nvfp4 with dynamic: false"),
     (scheme("fp8"), token("fp8", format="e5m2"), "activations in e5m2"),
     (scheme("fp8"), token("int8"), "fp8 weights with int8 activations"),
     (scheme("nvfp4"), token("fp8"), "nvfp4 weights with fp8 activations"),

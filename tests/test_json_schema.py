@@ -50,7 +50,12 @@ def test_it_accepts_what_validate_accepts(plan: Path) -> None:
         ({"default": {"wq": "int4"}, "output": {"shard_size": "5 GiB"}}, True),
         ({"default": {"wq": "int4"}, "output": {"shard_size": "5 parsecs"}}, False),
         ({"default": {"wq": "int4", "group_size": True}}, False),
-        ({"version": 1, "default": {"aq": {"scheme": "fp8", "dynamic": False}}}, False),
+        ({"version": 1, "default": {"aq": {"scheme": "fp8", "dynamic": False}}}, True),
+        ({"version": 1, "default": {"wq": {"scheme": "fp8", "dynamic": False}}}, False),
+        ({"version": 1, "default": {"aq": {"scheme": "fp8", "dynamic": False, "observer": "mse"}}}, True),
+        ({"version": 1, "default": {"aq": {"scheme": "fp8", "observer": {"name": "mse", "grid": 50}}}}, True),
+        ({"version": 1, "default": {"aq": {"scheme": "fp8", "observer": {"grid": 50}}}}, False),
+        ({"version": 1, "default": {"aq": {"scheme": "fp8", "observer": "least"}}}, False),
     ],
 )
 def test_by_hand(plan: dict[str, Any], valid: bool) -> None:

@@ -162,7 +162,7 @@ def test_a_scheme_option_is_never_called_like_a_key_of_a_rule() -> None:
     for registry in (SCHEMES, ALGORITHMS):
         for member in registry:
             assert not reserved & set(member.plan_options()), member.name  # type: ignore[attr-defined]
-    assert {"dtype"} == NOT_IN_PLANS
+    assert {"dtype", "dynamic"} == NOT_IN_PLANS
 
 
 def test_registries_hold_what_the_documents_say() -> None:

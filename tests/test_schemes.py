@@ -367,7 +367,7 @@ def options_survive_json(config: SchemeConfig) -> None:
         again = member.model_validate(dumped, strict=True)
         assert again == config and hash(again) == hash(config)
     again = member.model_validate_json(config.model_dump_json(), strict=True)
-    assert again == config and config.model_dump().keys() == member.plan_options().keys()
+    assert again == config and config.model_dump().keys() == member.activation_options().keys()
     assert same(again.quantizer().quantize(matrix()), config.quantizer().quantize(matrix()))
 
 

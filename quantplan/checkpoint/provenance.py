@@ -68,10 +68,12 @@ def treatments(assignments: Mapping[str, Assignment]) -> list[dict[str, Any]]:
         if a.wq is None:
             continue
         treatment = {
-            "wq": {"scheme": a.wq.name, **a.wq.model_dump(mode="json")},
+            "wq": {"scheme": a.wq.name, **a.wq.model_dump(mode="json", exclude={"dynamic"})},
             "aq": None if a.aq is None else {"scheme": a.aq.name, **a.aq.model_dump(mode="json")},
             "algorithm": {"name": a.algorithm.name, **a.algorithm.model_dump(mode="json")},
         }
+        if a.observer is not None:
+            treatment["observer"] = {"name": a.observer.name, **a.observer.model_dump(mode="json")}
         groups.setdefault(json.dumps(treatment), {**treatment, "modules": []})["modules"].append(a.name)
     return list(groups.values())
 

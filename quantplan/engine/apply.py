@@ -211,6 +211,8 @@ def write_units(
                 encoded = output.encode(unit.matrix, tensor, unit.assignment.aq)
                 if solved is not None and unit.assignment.observer is not None:
                     encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
+                if solved is not None and unit.assignment.observer is not None:
+                    encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
                 for info in unit.outputs:
                     writer.write(info, _bytes(encoded[info.name]))
             elif unit.kind == "cast":

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from quantplan.live.skeleton import skeleton
 from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
 from quantplan.models.modules import Matrix, scale_group
+from quantplan.observer import ObserverConfig
 from quantplan.plan.resolve import Resolution
-from quantplan.scheme import NonFinite
+from quantplan.scheme import NonFinite, Params, SchemeConfig
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
 
@@ -110,10 +111,10 @@ class _Run:
         for assignment in resolution.needs_data:
             for matrix in assignment.matrices:
                 if not all(p.parameter.startswith(inside) for p in self.weights.place_of(matrix)):
-                    text = (
-                        f"'{assignment.name}' is outside of the model's blocks, where '{assignment.algorithm.name}' gets no data"
-                    )
-                    raise fail("QP224", text, "give it algorithm: rtn in an override")
+                    taker = f"'{assignment.algorithm.name}'" if assignment.algorithm.needs else "its static activations"
+                    advice = "give it algorithm: rtn in an override" if assignment.algorithm.needs else "give it aq: null"
+                    text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
+                    raise fail("QP224", text, advice)
 
     def blocks(self) -> Iterator[SolvedBlock]:
         total, number = len(self.stacks.names), 0
@@ -147,7 +148,7 @@ class _Run:
                 hidden, exact = block.solve(hidden, exact)
                 seconds = time.monotonic() - started
                 facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3)}
-                self.store.add(block.solved, {**_packed(hidden, "hidden"), **_packed(exact, "exact")}, facts)
+                self.store.add(block.solved, {**_packed(hidden, "hidden"), **_packed(exact, "exact")}, facts, block.ranges)
                 number += 1
                 yield SolvedBlock(name, number, total, block.losses, seconds)
             ends.append(hidden)
@@ -163,6 +164,17 @@ def _unpacked(saved: Mapping[str, Tensor], name: str) -> list[Tensor]:
 
 
 @dataclass
+class _Inputs:
+    """What came to one point, and to those after it that are given the same: fused siblings, which must share one range."""
+
+    given: Mapping[int, Tensor]  # held, so that nothing else can come to lie where they do
+    activations: tuple[SchemeConfig | None, ObserverConfig | None]
+    rounded: Mapping[int, Tensor]  # as the quantized model computes with them
+    params: Params  # of static activations
+    statistics: Statistics | None = None
+
+
+@dataclass
 class _Block:
     """One block while it is solved."""
 
@@ -172,8 +184,9 @@ class _Block:
     exact_calls: Sequence[Call]
     solved: dict[str, QuantizedTensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
-    _last: tuple[tuple[int, ...], Statistics] | None = None
+    _last: _Inputs | None = None
 
     def solve(self, hidden: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The hidden states after the block, of both chains; its matrices are in `solved`."""
@@ -195,9 +208,11 @@ class _Block:
 
     def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
         def forward(wait: Wait[Tensor]) -> Tensor:
-            def seen(name: str, index: int | None, inputs: Tensor) -> None:
-                if (name, index) in self.inside:
-                    wait((name, index), inputs)
+            def seen(name: str, index: int | None, inputs: Tensor) -> Tensor | None:
+                if (name, index) not in self.inside:
+                    return None
+                answer = wait((name, index), inputs)
+                return None if answer is inputs else answer
 
             with torch.no_grad(), _compute(), watching(module, seen, self.name):
                 return call(module, hidden).float()
@@ -212,18 +227,53 @@ class _Block:
         return place, -1 if index is None else index, self._places.setdefault(name, len(self._places))
 
     def _meet(self, point: Any, inputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        names = [n for n in self.inside[point] if n in self.run.jobs and n not in self.solved]
-        if names:
-            needs = frozenset().union(*(self.run.jobs[n].assignment.algorithm.needs for n in names))
-            statistics = self._statistics(inputs, "drift" in needs) if needs else None
-            for name in names:
-                self._solve(name, statistics)
-        return inputs
+        names = [n for n in self.inside[point] if n in self.run.jobs]
+        if not names:
+            return inputs
+        met = self._inputs(inputs, names[0])
+        unsolved = [n for n in names if n not in self.solved]
+        needs = frozenset().union(*(self.run.jobs[n].assignment.algorithm.needs for n in unsolved))
+        statistics = self._statistics(met, "drift" in needs) if needs else None
+        for name in unsolved:
+            self._solve(name, statistics)
+            if met.params:
+                self.ranges[name] = met.params
+        return met.rounded
 
-    def _statistics(self, inputs: Mapping[int, Tensor], drift: bool) -> Statistics:
-        """Of what came to one point; the same as before for a matrix that shares its inputs with the one before."""
-        key = tuple(t.data_ptr() for t in inputs.values())
-        if self._last is None or self._last[0] != key:
+    def _inputs(self, given: Mapping[int, Tensor], name: str) -> _Inputs:
+        """What came to one point, rounded as the assignment of the matrix there says: weights are fitted to inputs as they will
+        be, and so are the blocks after. The same as before where the inputs are."""
+        assignment = self.run.jobs[name].assignment
+        last, activations = self._last, (assignment.aq, assignment.observer)
+        if last is not None and last.activations == activations and _same_memory(last.given, given):
+            return last
+        made = _Inputs(given, activations, given, {})
+        if assignment.aq is not None:
+            try:
+                made = self._rounded(made, name, assignment.aq, assignment.observer)
+            except NonFinite:
+                raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
+        self._last = made
+        return made
+
+    def _rounded(self, made: _Inputs, name: str, aq: SchemeConfig, observer: ObserverConfig | None) -> _Inputs:
+        quantizer = aq.quantizer(name)
+        quantized = {i: x for i, x in made.given.items() if i >= self.first}
+        if observer is None:
+            return replace(made, rounded={**made.given, **{i: quantizer.fake_quantize(x) for i, x in quantized.items()}})
+        params = self.ranges.get(name)  # a module that is used again keeps its range
+        if params is None:
+            observing = observer.observer()
+            for i, x in quantized.items():
+                observing.update(self._counted(x, i - self.first))
+            params = quantizer.fit_static(observing.result(quantizer))
+        rounded = {i: quantizer.round_static(x, params) for i, x in quantized.items()}
+        return replace(made, rounded={**made.given, **rounded}, params=params)
+
+    def _statistics(self, met: _Inputs, drift: bool) -> Statistics:
+        """Of what came to one point, rounded; the same as before for a matrix that shares its inputs with the one before."""
+        inputs = met.rounded
+        if met.statistics is None:
             columns = next(iter(inputs.values())).shape[-1]
             hessian, moved, count = torch.zeros(columns, columns), torch.zeros(columns, columns), 0
             paired = drift and all(i - self.first in inputs for i in inputs if i >= self.first)
@@ -240,9 +290,8 @@ class _Block:
                         moved += ((y - x).to(fast_dtype()).t() @ x.to(fast_dtype())).float()
             count = max(count, 1)
             lower = hessian.tril(-1)
-            made = Statistics((hessian.tril() + lower.t()).div_(count), count, moved.div_(count) if paired else None)
-            self._last = key, made
-        return self._last[1]
+            met.statistics = Statistics((hessian.tril() + lower.t()).div_(count), count, moved.div_(count) if paired else None)
+        return met.statistics
 
     def _counted(self, x: Tensor, batch: int) -> Tensor:
         """The tokens that count. Experts are given tokens of their own choice, and all of them count."""
@@ -278,10 +327,18 @@ class _Block:
                 job = self.run.jobs.get(name)
                 if job is None or name in self.solved:
                     continue
-                if job.assignment.algorithm.needs and index is None and ".experts." not in parameter:
+                takes = job.assignment.algorithm.needs or job.assignment.observer is not None
+                if takes and index is None and ".experts." not in parameter:
                     text = f"'{name}' was given no input: the model never used it for these data"
-                    raise fail("QP605", text, "give it algorithm: rtn in an override")
+                    raise fail("QP605", text, "give it algorithm: rtn, and no static activations, in an override")
                 self._solve(name, None)
+
+
+def _same_memory(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> bool:
+    """Whether two sets of inputs are the same tensors, seen through views of their own."""
+    return first.keys() == second.keys() and all(
+        first[i].data_ptr() == second[i].data_ptr() and first[i].shape == second[i].shape for i in first
+    )
 
 
 def add_products(total: Tensor, x: Tensor) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quantplan.checkpoint import durable
-from quantplan.scheme import SchemeConfig
+from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
 
 JOURNAL = "blocks.jsonl"
@@ -76,6 +77,12 @@ class SolvedBlocks:
             parts = {n.rpartition("/")[2]: file.get_tensor(n) for n in names}
         return QuantizedTensor(parts.pop("codes"), parts, scheme)
 
+    def inputs(self, matrix: str) -> Params:
+        """What was found for the static activations of one solved matrix; empty where they are dynamic or none."""
+        with safe_open(self.folder / self._files[matrix], "pt") as file:
+            names = [n for n in file.keys() if n.rpartition("/")[0] == f"{matrix}/input"]  # noqa: SIM118
+            return {n.rpartition("/")[2]: file.get_tensor(n) for n in names}
+
     def states(self) -> dict[str, Tensor] | None:
         """The hidden states the first block that is not done is given; None when they are lost."""
         path = self.folder / _states(len(self.done))
@@ -94,11 +101,19 @@ class SolvedBlocks:
         self.done.clear()
         self._files.clear()
 
-    def add(self, solved: Mapping[str, QuantizedTensor], states: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """One more block is done: its matrices, the hidden states after it, and what to say about it."""
+    def add(
+        self,
+        solved: Mapping[str, QuantizedTensor],
+        states: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+        inputs: Mapping[str, Params] = MappingProxyType({}),
+    ) -> None:
+        """One more block is done: its matrices, the hidden states after it, what to say about it, and for matrices with static
+        activations what was found for these."""
         number = len(self.done)
         file = f"block-{number:05}.safetensors"
         tensors = {f"{name}/{part}": t for name, q in solved.items() for part, t in {"codes": q.codes, **q.params}.items()}
+        tensors |= {f"{name}/input/{part}": t.clone() for name, params in inputs.items() for part, t in params.items()}
         with durable.named_errors(self.folder):
             digest = self._save(file, tensors, sync=True)
             following = self._save(_states(number + 1), states, sync=False)

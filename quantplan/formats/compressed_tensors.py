@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from quantplan.assignment import Assignment
 from quantplan.format import FORMATS, Format
 from quantplan.models.modules import Matrix
-from quantplan.scheme import BLOCK, Layout, SchemeConfig
+from quantplan.scheme import BLOCK, Layout, Params, SchemeConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _EXPERT_NAME = re.compile(r"\.experts\.\d+\.[^.]+$")
 ACTIVATIONS = ("int4", "int8", "fp8")
+STATIC = ("int8", "fp8", "nvfp4")
 
 
 @FORMATS.register("compressed-tensors")
@@ -49,11 +50,16 @@ class CompressedTensors(Format):
             return "it has no blocks of integers"
         if wq.name.startswith("int") and wq.strategy == "tensor" and (wq.name != "int8" or not wq.symmetric_grid):
             return "one scale for the whole tensor is held for symmetric int8 only"
+        if aq is not None and not aq.dynamic and ".experts." in f"{assignment.name}.":
+            return "static activations of experts, which may not be given a single token to take a range from"
         return self._refuse_activations(wq, aq) if aq is not None else None
 
     def _refuse_activations(self, wq: SchemeConfig, aq: SchemeConfig) -> str | None:
+        if not aq.dynamic:
+            return self._refuse_static(wq, aq)
         if aq.name not in ACTIVATIONS:
-            return f"dynamic {aq.name} activations; it has {', '.join(ACTIVATIONS)}"
+            others = f", and {aq.name} with dynamic: false" if aq.name in STATIC else ""
+            return f"dynamic {aq.name} activations; it has {', '.join(ACTIVATIONS)}{others}"
         if getattr(aq, "format", "e4m3") != "e4m3":
             return "activations in e5m2"
         if not wq.name.startswith(("int", "fp8")) or (wq.name == "fp8" and aq.name != "fp8"):
@@ -65,6 +71,19 @@ class CompressedTensors(Format):
                 else f"blocks of fp8 need activations in groups of {BLOCK}: aq: {{scheme: fp8, group_size: {BLOCK}}}"
             )
         return None if aq.strategy == "token" else "dynamic activations need one scale per token"
+
+    def _refuse_static(self, wq: SchemeConfig, aq: SchemeConfig) -> str | None:
+        if aq.name not in STATIC:
+            return f"static {aq.name} activations; it has {', '.join(STATIC)}"
+        if getattr(aq, "format", "e4m3") != "e4m3":
+            return "activations in e5m2"
+        if "nvfp4" in (wq.name, aq.name) and wq.name != aq.name:
+            return f"{wq.name} weights with {aq.name} activations"
+        if not wq.name.startswith(("int", "fp8", "nvfp4")) or (wq.name == "fp8" and aq.name != "fp8"):
+            return f"{wq.name} weights with {aq.name} activations"
+        if wq.name == "fp8" and wq.strategy == "block":
+            return f"blocks of fp8 need dynamic activations in groups of {BLOCK}: aq: {{scheme: fp8, group_size: {BLOCK}}}"
+        return None
 
     def layout(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None) -> Layout:
         rows, columns, name = matrix.rows, matrix.columns, matrix.name
@@ -86,7 +105,8 @@ class CompressedTensors(Format):
         out[f"{name}.weight_scale"] = (scale_dtype, (1,) if wq.strategy == "tensor" else scale_shape)
         if "global_scale" in params:
             out[f"{name}.weight_global_scale"] = ("F32", (1,))
-        return out
+        inputs = self.layout_inputs(matrix, aq)
+        return {**out, **{n: ("I8" if n.endswith("zero_point") else dtype, shape) for n, (dtype, shape) in inputs.items()}}
 
     def encode(self, matrix: Matrix, quantized: QuantizedTensor, aq: SchemeConfig | None) -> dict[str, Tensor]:
         import torch
@@ -134,6 +154,18 @@ class CompressedTensors(Format):
         if wq.needs_absmax:
             params["global_scale"] = read(f"{name}.weight_global_scale")
         return QuantizedTensor(codes, params, wq)
+
+    def encode_inputs(self, matrix: Matrix, params: Params) -> dict[str, Tensor]:
+        import torch
+
+        signed = {n: (p ^ 128).view(torch.int8) if n == "zero_point" else p for n, p in params.items()}
+        return super().encode_inputs(matrix, signed)
+
+    def decode_inputs(self, matrix: Matrix, aq: SchemeConfig | None, read: Callable[[str], Tensor]) -> Params:
+        import torch
+
+        found = super().decode_inputs(matrix, aq, read)
+        return {n: p.view(torch.uint8) ^ 128 if n == "zero_point" else p for n, p in found.items()}
 
     def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
         groups: dict[str, list[str]] = {}  # what readers are told -> modules: options they never see split no group
@@ -235,5 +267,5 @@ def _arguments(wq: SchemeConfig) -> dict[str, Any]:
 
 
 def _activation_arguments(aq: SchemeConfig) -> dict[str, Any]:
-    """`QuantizationArgs` of dynamic activations."""
-    return _arguments(aq) | {"dynamic": True}
+    """`QuantizationArgs` of activations. `local`: blocks are dynamic below a static scale of the tensor."""
+    return _arguments(aq) | {"dynamic": aq.dynamic or ("local" if aq.tensor_params else False)}

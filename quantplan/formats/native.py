@@ -3,7 +3,8 @@
 
 A matrix `name` is stored as `name.weight_codes`, uint8 `[rows, packed_bytes]`: each row's codes as one dense bit stream,
 lowest bits first, padded to a 32-bit word; and its parameters as `name.weight_<parameter>`, in the scheme's own dtypes and
-shapes. Experts that the source fuses are stored one matrix each. config.json names every stored matrix literally.
+shapes. What calibration found for its inputs is stored as `name.input_<parameter>`.
+Experts that the source fuses are stored one matrix each. config.json names every stored matrix literally.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Native(Format):
     def layout(self, matrix: Matrix, wq: SchemeConfig, aq: SchemeConfig | None) -> Layout:
         codes = ("U8", (matrix.rows, -(-matrix.columns * wq.bits // 32) * 4))
         params = wq.param_layout(matrix.rows, matrix.columns)
-        return {f"{matrix.name}.weight_codes": codes} | {f"{matrix.name}.weight_{n}": p for n, p in params.items()}
+        weight = {f"{matrix.name}.weight_codes": codes} | {f"{matrix.name}.weight_{n}": p for n, p in params.items()}
+        return {**weight, **self.layout_inputs(matrix, aq)}
 
     def encode(self, matrix: Matrix, quantized: QuantizedTensor, aq: SchemeConfig | None) -> dict[str, Tensor]:
         from quantplan.numerics import pack_bits
@@ -71,7 +73,11 @@ class Native(Format):
             "quant_method": "quantplan",
             "version": VERSION,
             "groups": [
-                {"wq": _options(wq, set(wq.fitting_options)), "aq": _options(aq) if aq is not None else None, "modules": names}
+                {
+                    "wq": _options(wq, {*wq.fitting_options, "dynamic"}),
+                    "aq": _options(aq) if aq is not None else None,
+                    "modules": names,
+                }
                 for (wq, aq), names in groups.items()
             ],
         }

@@ -38,7 +38,7 @@ def load(out: str | os.PathLike[str], **options: Any) -> Any:
     elif method not in ("quantplan", None):
         raise fail("QP222", f"quantized by '{method}'", "open it with transformers' from_pretrained", file=str(folder))
     model, found = model_class(config).from_pretrained(place, output_loading_info=True, **options)
-    lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith("weight_"))
+    lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith(("weight_", "input_")))
     if lost:
         raise fail("QP221", "tensor is missing", "copy the checkpoint again", file=str(folder), tensor=lost[0])
     return model
@@ -63,6 +63,7 @@ def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
                 matrix = _matrix(name, wq, reader)
                 used |= output.layout(matrix, wq, aq).keys()
                 state |= native.encode(matrix, output.decode(matrix, wq, aq, reader.read), aq)
+                state |= native.encode_inputs(matrix, output.decode_inputs(matrix, aq, reader.read))
             groups.append(group)
         state |= {name: reader.read(name) for name in written.tensors if name not in used}
     remote = {key: options[key] for key in ("trust_remote_code",) if key in options}

@@ -14,7 +14,7 @@ from quantplan.checkpoint.reader import TORCH_DTYPES
 from quantplan.errors import fail
 from quantplan.format import FORMATS
 from quantplan.models.modules import Matrix
-from quantplan.scheme import SchemeConfig
+from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
 
 Device = torch.device | str | int | None
@@ -26,7 +26,8 @@ class QuantLinear(nn.Module):
     Buffers are `weight_codes`, `weight_scale` and whatever else the native format stores for the scheme, so that the keys of
     its state dict are the names in a native checkpoint. They keep the dtype they are stored in: `.half()`, `.to(dtype)` and
     the like move the bias and `dtype` only, and never change what the weight is. `aq` rounds inputs to a grid whose ranges
-    are taken from the inputs themselves; its gradient passes straight through.
+    are taken from the inputs themselves, or, where it is static, were found by calibration and stand in `input_scale` and the
+    like; its gradient passes straight through.
     """
 
     bias: nn.Parameter | None
@@ -87,12 +88,16 @@ class QuantLinear(nn.Module):
         aq: SchemeConfig | None = None,
         *,
         dtype: torch.dtype | None = None,
+        inputs: Params | None = None,
     ) -> QuantLinear:
-        """A layer with this weight `[out, in]` and this very bias. `dtype`: of `weight`, the bias's by default."""
+        """A layer with this weight `[out, in]` and this very bias. `dtype`: of `weight`, the bias's by default. `inputs`: what
+        static activations need, as `Quantizer.fit_static` makes it; without it they are not ready to be used."""
         rows, columns = quantized.shape
         dtype = dtype or (bias.dtype if bias is not None else None)
         made = cls(columns, rows, quantized.scheme, aq, bias=False, device="meta", dtype=dtype)
         for name, tensor in FORMATS.get("quantplan")().encode(made._matrix, quantized, aq).items():
+            setattr(made, name[1:], tensor)
+        for name, tensor in FORMATS.get("quantplan")().encode_inputs(made._matrix, inputs or {}).items():
             setattr(made, name[1:], tensor)
         made.bias = bias
         return made
@@ -104,6 +109,10 @@ class QuantLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The weight as codes and parameters, `[out, in]`."""
         return FORMATS.get("quantplan")().decode(self._matrix, self.wq, self.aq, lambda name: getattr(self, name[1:]))
+
+    def inputs(self) -> Params:
+        """What was found for static activations; empty for dynamic ones."""
+        return FORMATS.get("quantplan")().decode_inputs(self._matrix, self.aq, lambda name: getattr(self, name[1:]))
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
@@ -125,7 +134,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`, or autocast's, as `nn.Linear`."""
         if self.aq is not None:
-            x = _StraightThrough.apply(x, self.aq)
+            x = _StraightThrough.apply(x, self.aq, self.inputs())
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         return functional.linear(x, self.dequantize().to(x.dtype), bias)
 
@@ -147,18 +156,25 @@ class QuantLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Dynamic fake quantization of activations; rounding has no gradient of its own, so the output's is passed on."""
+    """Fake quantization of activations; rounding has no gradient of its own, so the output's is passed on."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, aq: SchemeConfig) -> Tensor:
-        return aq.quantizer().quantize_activation(x)
+    def forward(ctx: Any, x: Tensor, aq: SchemeConfig, inputs: Params) -> Tensor:
+        quantizer = aq.quantizer()
+        return quantizer.quantize_activation(x) if aq.dynamic else quantizer.round_static(x, inputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 def _shown(scheme: SchemeConfig) -> str:
     """`int4 group 64`, `fp8 e5m2 channel`, `int8 asymmetric group 32`."""
-    parts = [scheme.name, getattr(scheme, "format", ""), "" if scheme.symmetric_grid else "asymmetric", scheme.strategy]
+    parts = [
+        scheme.name,
+        getattr(scheme, "format", ""),
+        "" if scheme.dynamic else "static",
+        "" if scheme.symmetric_grid else "asymmetric",
+        scheme.strategy,
+    ]
     return " ".join([p for p in parts if p] + ([str(scheme.group)] if scheme.group else []))

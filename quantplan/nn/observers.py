@@ -224,6 +224,12 @@ class MSEObserver(ObserverModule):
     kind = "mse"
 
 
+class HeadroomObserver(ObserverModule):
+    """A range far above the largest magnitude, for tensors whose blocks have scales of their own."""
+
+    kind = "headroom"
+
+
 class StaticRangeObserver(ObserverModule):
     """The mean of the largest magnitudes of all tensors (seed 004's static range)."""
 

@@ -98,6 +98,9 @@ def _check_assignments(model: nn.Module, assignments: Iterable[Assignment]) -> N
         if assignment.module.kind == "experts" and assignment.aq is not None:
             text = f"activations of fused experts cannot be quantized in memory: {assignment.name}"
             raise fail("QP222", text, "give them aq: null in an override")
+        if assignment.observer is not None:
+            text = f"static activations take calibration, and in memory there is none: {assignment.name}"
+            raise fail("QP222", text, "use quantplan.apply, or leave out dynamic: false")
 
 
 def _largest_magnitudes(model: nn.Module, assignments: Iterable[Assignment]) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def _choice(part: str, head: str, choice: Any, path: Path) -> Iterator[tuple[str
     if head in choice:
         yield f"{part}.{head}", choice[head], Origin((*path, part, head))
     for option, value in choice.items():
-        if option != head and (part, option) != ("aq", "dynamic"):
+        if option != head:
             yield f"{part}.{option}", value, Origin((*path, part, option))
 
 

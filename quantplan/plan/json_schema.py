@@ -7,9 +7,10 @@ from typing import Any
 from quantplan.algorithm import ALGORITHMS
 from quantplan.engines import ENGINES
 from quantplan.format import FORMATS
+from quantplan.observer import OBSERVERS
 from quantplan.plan.schema import Plan
 from quantplan.registry import Registry
-from quantplan.scheme import NOT_IN_PLANS, SCHEMES
+from quantplan.scheme import NOT_IN_PLANS, SCHEMES, SchemeConfig
 
 ID = "https://quantplan.dev/schemas/plan-1.json"
 NULL = {"type": "null"}
@@ -21,7 +22,8 @@ def plan_schema() -> dict[str, Any]:
     rule, override = schema["$defs"]["Rule"]["properties"], schema["$defs"]["Override"]["properties"]
     schema["$defs"] |= {
         "Weights": _choice(SCHEMES, "scheme"),
-        "Activations": _choice(SCHEMES, "scheme", {"dynamic": {"const": True}}),
+        "Activations": _choice(SCHEMES, "scheme", {"dynamic": _dynamic(), "observer": {"$ref": "#/$defs/Observer"}}),
+        "Observer": _choice(OBSERVERS, "name", named=True),
         "Algorithm": _choice(ALGORITHMS, "name"),
     }
     for properties in (rule, override):
@@ -55,9 +57,16 @@ def plan_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": ID, **schema}
 
 
-def _choice(registry: Registry[Any], key: str, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A name, an object with that name's options, an object with options only (they go to the name in effect), or null."""
+def _dynamic() -> dict[str, Any]:
+    return dict(SchemeConfig.model_json_schema()["properties"]["dynamic"])
+
+
+def _choice(registry: Registry[Any], key: str, extra: dict[str, Any] | None = None, named: bool = False) -> dict[str, Any]:
+    """A name, an object with that name's options, an object with options only (they go to the name in effect), or null.
+    `named`: there is nothing in effect that a part of it could go to."""
     objects = [_object(member, key, extra or {}) for member in registry]
+    if named:
+        return {"anyOf": [{"enum": registry.names()}, *objects]}
     free = {
         "type": "object",
         "minProperties": 1,
@@ -81,4 +90,5 @@ def _object(member: Any, key: str, extra: dict[str, Any]) -> dict[str, Any]:
 
 
 def _all_options(registry: Registry[Any], extra: dict[str, Any]) -> dict[str, Any]:
-    return {name: True for member in registry for name in member.plan_options()} | dict.fromkeys(extra, True)
+    known = {name: True for member in registry for name in member.model_fields if name not in NOT_IN_PLANS}
+    return known | dict.fromkeys(extra, True)

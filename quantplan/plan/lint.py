@@ -180,10 +180,12 @@ def _siblings(plan: Plan, assignments: Mapping[str, Assignment]) -> Iterator[Pro
     found: dict[tuple[str, Path | None], list[str]] = {}
     for key, names in fused_groups(treatable).items():
         first = assignments[names[0]]
-        other = next((b for n in names if ((b := assignments[n]).wq, b.aq) != (first.wq, first.aq)), None)
+        alike = (first.wq, first.aq, first.observer)
+        other = next((b for n in names if ((b := assignments[n]).wq, b.aq, b.observer) != alike), None)
         if other is not None:
             kinds = "experts" if key.endswith(".experts") else ", ".join(n.rpartition(".")[2] for n in names)
-            paths = (_origin(a, "wq.scheme", "wq.group_size", "aq.scheme") for a in (other, first))
+            fields = ("wq.scheme", "wq.group_size", "aq.scheme", "aq.observer")
+            paths = (_origin(a, field) for a in (other, first) for field in fields)
             found.setdefault((kinds, next((p for p in paths if p and p[0] == "overrides"), None)), []).append(key)
     for (kinds, path), keys in found.items():
         text = f"{kinds} are computed as one layer by {' and '.join(fusing)} and have different schemes, in {listing(keys)}"

@@ -15,6 +15,7 @@ from quantplan.algorithm import ALGORITHMS
 from quantplan.engines import ENGINES
 from quantplan.errors import Path, Problem, QuantplanError, did_you_mean, errors_in, fail, printable
 from quantplan.format import FORMATS
+from quantplan.observer import OBSERVERS, ObserverConfig
 from quantplan.plan.calibration import KEY, check_source
 from quantplan.plan.pattern import check_pattern
 from quantplan.plan.schema import Calibration, Output, Override, Plan, Rule
@@ -204,12 +205,13 @@ def _check_choice(
     options = dict(choice) if isinstance(choice, dict) else {key: choice}
     name = options.pop(key, None)
     where = (*path, key) if isinstance(choice, dict) else path
-    if path[-1] == "aq" and options.pop("dynamic", True) is not True:
-        yield Problem("QP108", "static activation ranges are not available yet", "leave out 'dynamic: false'", (*path, "dynamic"))
+    activations = path[-1] == "aq"
+    if activations and "observer" in options:
+        yield from _check_choice(OBSERVERS, options.pop("observer"), (*path, "observer"), "name", True, {})
     if name is None:
         if is_default:
             yield Problem("QP105", f"key '{key}' is missing", f"say which {registry.kind}", path)
-        known = {o for member in registry for o in member.plan_options()}
+        known = {o for member in registry for o in _options_of(member, activations)}
         for option in options:
             if option not in known:
                 yield Problem(
@@ -228,19 +230,27 @@ def _check_choice(
         yield problem
         return
     member = registry.get(name)
-    known = set(member.plan_options())
+    known = set(_options_of(member, activations))
     unknown = [o for o in options if o not in known]
     for option in unknown:
         text = f"{registry.kind} '{name}' has no option '{printable(option)}'"
         yield Problem(
             "QP104",
             text,
-            did_you_mean(option, known | ({"dynamic"} if path[-1] == "aq" else set())),
+            did_you_mean(option, known | ({"observer"} if activations else set())),
             (*path, option),
             True,
         )
     if not unknown:
         yield from _try_options(member, options, path, short)
+
+
+def _options_of(member: Any, activations: bool) -> Mapping[str, Any]:
+    """What a plan may set of a scheme, an algorithm or an observer."""
+    if issubclass(member, ObserverConfig):
+        return member.options()
+    options: Mapping[str, Any] = member.activation_options() if activations else member.plan_options()
+    return options
 
 
 def _try_options(member: Any, options: Mapping[str, Any], path: Path, short: Mapping[str, Any]) -> Iterator[Problem]:

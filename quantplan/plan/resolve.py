@@ -14,6 +14,8 @@ from quantplan.errors import Problem, QuantplanError, did_you_mean, errors_in, p
 from quantplan.headers import Checkpoint
 from quantplan.models.keep import KeepRule
 from quantplan.models.modules import Module, find_modules
+from quantplan.observer import ObserverConfig
+from quantplan.plan.activations import build_observer
 from quantplan.plan.cascade import State, cascade, keeps, lifts, live_overrides, options, origins
 from quantplan.plan.lint import lint
 from quantplan.plan.load import LoadedPlan, in_order, schema_problems
@@ -45,8 +47,8 @@ class Resolution:
 
     @property
     def needs_data(self) -> list[Assignment]:
-        """The assignments that take calibration."""
-        return [a for a in self.quantized if a.algorithm.needs]
+        """The assignments that take calibration: for their weights, or for a static range of their activations."""
+        return [a for a in self.quantized if a.algorithm.needs or a.observer is not None]
 
     @property
     def calibration(self) -> Calibration:
@@ -76,6 +78,7 @@ class _Treatment:
     live: frozenset[int]
     state: State
     problems: tuple[Problem, ...] = ()
+    observer: ObserverConfig | None = None
 
 
 def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Module] | None = None) -> Resolution:
@@ -106,7 +109,9 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
             for o in mask:
                 words.setdefault(o, set()).update(shared[key].live)
         treatment = shared[key]
-        assignments[module.name] = Assignment(module, treatment.wq, treatment.aq, treatment.algorithm, treatment.origin)
+        assignments[module.name] = Assignment(
+            module, treatment.wq, treatment.aq, treatment.algorithm, treatment.origin, treatment.observer
+        )
     effective = {o for treatment in shared.values() for o in treatment.live}
     problems += check_shadowed(plan, matched, effective, words, list(modules.values()))
     problems += lint(plan, checkpoint, assignments, in_memory=live is not None)
@@ -132,7 +137,9 @@ def _treat(
     if keep is not None:  # an override that keeps what is kept anyway is right, if redundant
         live |= {o for o in mask if keeps(plan.overrides[o])}
     problems: list[Problem] = []
+    chosen = state.pop("aq.observer", None)  # the one option of `aq` that is not its scheme's
     wq, aq = (_scheme(state, part, dtype, problems) for part in ("wq", "aq"))
+    observer = _observer(chosen, aq, state, problems)
     wq, aq = (schemes.setdefault(config, config) for config in (wq, aq))
     if aq is not None and wq is None and state["wq.scheme"][0] is None:
         origin = state["aq.scheme"][1]
@@ -140,7 +147,9 @@ def _treat(
             Problem("QP120", "activations are quantized and the weight is not", "add aq: null, or keep: true", origin.path)
         )
     algorithm = _build(ALGORITHMS.get(state["algorithm.name"][0]), options(state, "algorithm"), state, "algorithm", problems)
-    return _Treatment(wq, aq, algorithm or ALGORITHMS.get("rtn")(), origins(state), frozenset(live), state, tuple(problems))
+    return _Treatment(
+        wq, aq, algorithm or ALGORITHMS.get("rtn")(), origins(state), frozenset(live), state, tuple(problems), observer
+    )
 
 
 def _scheme(state: State, part: str, dtype: str, problems: list[Problem]) -> SchemeConfig | None:
@@ -149,7 +158,8 @@ def _scheme(state: State, part: str, dtype: str, problems: list[Problem]) -> Sch
         return None
     member = SCHEMES.get(name)
     given = options(state, part)
-    if part == "aq" and "granularity" not in given and "group_size" not in given and "token" in member.granularities:
+    by_token = "token" in member.granularities and given.get("dynamic") is not False
+    if part == "aq" and "granularity" not in given and "group_size" not in given and by_token:
         given["granularity"] = "token"
         state["aq.granularity"] = ("token", Origin(label="activations"))
     if "scale_dtype" in member.model_fields and "scale_dtype" not in given:
@@ -158,9 +168,31 @@ def _scheme(state: State, part: str, dtype: str, problems: list[Problem]) -> Sch
     return _build(member, given, state, part, problems)
 
 
+def _observer(
+    chosen: tuple[Any, Origin] | None, aq: SchemeConfig | None, state: State, problems: list[Problem]
+) -> ObserverConfig | None:
+    """What finds the range of static activations; None for dynamic ones, which may have lost their `dynamic: false` to a later
+    rule, but not never had it."""
+    if aq is None:
+        return None
+    if chosen is not None:
+        state["aq.observer"] = chosen
+    if aq.dynamic:
+        if chosen is not None and "aq.dynamic" not in state:
+            text = "an observer finds the range of static activations, and these are dynamic"
+            problems.append(Problem("QP105", text, "add dynamic: false", chosen[1].path))
+        return None
+    made = build_observer(chosen[0] if chosen else None, aq)
+    if isinstance(made, ObserverConfig):
+        return made
+    code, text, advice = made
+    problems.append(Problem(code, text, advice, chosen[1].path if chosen else None))
+    return None
+
+
 def _build(member: Any, given: Mapping[str, Any], state: State, part: str, problems: list[Problem]) -> Any:
     """A config from options gathered over several rules; a misfit is laid at the rule that set the option last."""
-    known = member.plan_options()
+    known = member.activation_options() if part == "aq" else member.plan_options()
     head = state[f"{part}.{'name' if part == 'algorithm' else 'scheme'}"]
     foreign = [o for o in given if o not in known]
     for option in foreign:

@@ -39,15 +39,20 @@ class NVFP4Quantizer(Quantizer):
     def fit(self, x: Tensor, shrink: float = 1.0, absmax: Tensor | None = None) -> Params:
         import torch
 
-        from quantplan.numerics import E2M1, E4M3, encode_float
+        from quantplan.numerics import E2M1, E4M3
 
         top = largest_magnitude(x)
         whole = (top.amax() if absmax is None else absmax).float().reshape(1)
         share = E4M3.maximum * E2M1.maximum / whole
         global_scale = torch.where(torch.isfinite(share), share, 1.0)
-        codes = encode_float(top * (shrink / E2M1.maximum) * global_scale, E4M3)
-        codes = codes.clamp_(min=1)  # a scale of zero could not be divided by
-        return {"scale": codes.view(torch.float8_e4m3fn), "global_scale": global_scale}
+        return self.with_step({"global_scale": global_scale}, top * (shrink / E2M1.maximum))
+
+    def round_static(self, x: Tensor, params: Params) -> Tensor:
+        from quantplan.numerics import E2M1
+
+        groups = x.float().unflatten(-1, (-1, self.config.group or x.shape[-1]))
+        found = self.with_step(params, largest_magnitude(groups) / E2M1.maximum)
+        return self.nearest(groups, found).flatten(-2).to(x.dtype)
 
     def encode(self, x: Tensor, params: Params) -> Tensor:
         from quantplan.numerics import E2M1, encode_float
@@ -67,5 +72,5 @@ class NVFP4Quantizer(Quantizer):
 
         from quantplan.numerics import E4M3, encode_float
 
-        codes = encode_float(step * params["global_scale"], E4M3).clamp_(min=1)
+        codes = encode_float(step * params["global_scale"], E4M3).clamp_(min=1)  # a scale of zero could not be divided by
         return params | {"scale": codes.view(torch.float8_e4m3fn)}
