@@ -6,6 +6,7 @@ A scheme is a grid, an algorithm is a way to choose points on it: every algorith
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -29,6 +30,7 @@ class Algorithm(BaseModel, ABC):
 
     name: ClassVar[str]
     passes: ClassVar[float] = 1.0  # rough cost, in roundings of the weight: for the time estimate
+    implies: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # transforms that are half of the method, with their options
 
     @classmethod
     def plan_options(cls) -> dict[str, Any]:

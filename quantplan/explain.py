@@ -76,6 +76,18 @@ def summary(assignment: Assignment) -> str:
     return text if assignment.algorithm.name == "rtn" else f"{text}, {assignment.algorithm.name}"
 
 
+def transform_text(resolution: Resolution) -> list[str]:
+    """The transforms in the order they are done, with options that are not the defaults, and what brought each along."""
+    lines = []
+    own = {c if isinstance(c, str) else c.get("name") for c in resolution.plan.transforms}
+    for transform in resolution.transforms:
+        changed = {n: v for n, v in transform.model_dump(mode="json").items() if v != type(transform).model_fields[n].default}
+        options = f" ({', '.join(f'{n}: {v}' for n, v in changed.items())})" if changed else ""
+        origin = "the plan" if transform.name in own else "an algorithm"
+        lines.append(f"{transform.name}{options}, from {origin}")
+    return lines
+
+
 def scheme_text(config: Any) -> str:
     """`int4 group 64 asymmetric`."""
     words = [config.name, "" if config.dynamic else "static", config.strategy, str(config.group or "")]

@@ -34,19 +34,22 @@ def commands() -> str:
 
 
 def schemes() -> str:
-    """Every scheme and algorithm with its options."""
+    """Every scheme, algorithm and transform with its options."""
     from quantplan.algorithm import ALGORITHMS
     from quantplan.scheme import SCHEMES
+    from quantplan.transform import TRANSFORMS
 
-    parts = [NOTE + "# Schemes and algorithms\n\nWhat a plan may write for `wq`, `aq` and `algorithm`, and their options.\n"]
+    what = "What a plan may write for `wq`, `aq`, `algorithm` and `transforms`, and their options."
+    parts = [NOTE + f"# Schemes, algorithms and transforms\n\n{what}\n"]
     for registry in (SCHEMES, ALGORITHMS):
         parts += [section(member, member.plan_options()) for member in registry]
+    parts += [section(member, member.plan_options(), "transform ") for member in TRANSFORMS]
     return "\n".join(parts)
 
 
-def section(member: Any, options: Mapping[str, Any]) -> str:
+def section(member: Any, options: Mapping[str, Any], kind: str = "") -> str:
     """One member of a registry: what its class says of itself, and a table of its options."""
-    text = f"## {member.name}\n\n{' '.join((member.__doc__ or '').split())}\n"
+    text = f"## {kind}{member.name}\n\n{' '.join((member.__doc__ or '').split())}\n"
     if options:
         text += "\n| option | default | meaning |\n|---|---|---|\n"
     for name, field in options.items():

@@ -12,6 +12,7 @@ from quantplan.algorithm import ALGORITHMS
 from quantplan.errors import EXIT_STATUS, code_pages
 from quantplan.format import FORMATS
 from quantplan.scheme import SCHEMES
+from quantplan.transform import TRANSFORMS
 
 PACKAGE = Path(quantplan.__file__).parent
 ROOT = PACKAGE.parent
@@ -31,7 +32,7 @@ def test_a_page_says_something(page: object) -> None:
 
 def test_every_name_is_documented() -> None:
     schemes = (ROOT / "docs/schemes.md").read_text()
-    for member in (*SCHEMES, *ALGORITHMS):
+    for member in (*SCHEMES, *ALGORITHMS, *TRANSFORMS):
         assert f"\n## {member.name}\n" in schemes
     everything = "".join(p.read_text() for p in (ROOT / "docs").glob("*.md")) + (ROOT / "README.md").read_text()
     for name in FORMATS.names():

@@ -13,6 +13,7 @@ import quantplan
 from quantplan.algorithm import ALGORITHMS
 from quantplan.format import FORMATS
 from quantplan.scheme import NOT_IN_PLANS, SCHEMES
+from quantplan.transform import TRANSFORMS
 
 ROOT = Path(quantplan.__file__).parent
 # a file imports, at module level, only from its left
@@ -37,6 +38,8 @@ ORDER = (
     *(
         "algorithms",
         "assignment",
+        "transform",
+        "transforms",
         "format",
         "formats",
         "engines",
@@ -49,7 +52,7 @@ ORDER = (
     *("explain", "live", "calibration", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
-LEAVES = ("schemes", "observers", "algorithms", "formats")
+LEAVES = ("schemes", "observers", "algorithms", "transforms", "formats")
 TORCH_FREE = ORDER[: ORDER.index("explain") + 1]
 
 
@@ -126,6 +129,8 @@ def test_torch_is_imported_when_it_computes(path: Path) -> None:
         "schemes",
         "schemes int4",
         "algorithms",
+        "transforms",
+        "transforms rotation",
         "codes",
         "schema",
         "--help",
@@ -159,7 +164,7 @@ def test_public_names_are_complete_sorted_and_importable() -> None:
 
 def test_a_scheme_option_is_never_called_like_a_key_of_a_rule() -> None:
     reserved = {"pattern", "wq", "aq", "algorithm", "keep", "optional", "expect", "scheme", "name", "dynamic"}
-    for registry in (SCHEMES, ALGORITHMS):
+    for registry in (SCHEMES, ALGORITHMS, TRANSFORMS):
         for member in registry:
             assert not reserved & set(member.plan_options()), member.name  # type: ignore[attr-defined]
     assert {"dtype", "dynamic"} == NOT_IN_PLANS
@@ -182,5 +187,6 @@ def test_registries_hold_what_the_documents_say() -> None:
         "nf4",
         "nvfp4",
     ]
-    assert ALGORITHMS.names() == ["gptq", "rtn"]
+    assert ALGORITHMS.names() == ["awq", "gptq", "rtn"]
+    assert TRANSFORMS.names() == ["awq", "bias_correction", "rotation", "smoothquant"]
     assert FORMATS.names() == ["compressed-tensors", "quantplan"]

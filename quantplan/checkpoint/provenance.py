@@ -84,13 +84,14 @@ def provenance(
     hashes: Mapping[str, str],
     others: Mapping[str, str] | Iterable[str],
     data: str = UNKNOWN,
+    changed: Iterable[str] = (),
 ) -> bytes:
     """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone; `data`: sha256 of the
     calibration data, where the plan takes any. Its length does not
     depend on the hashes, so that the estimate can be exact."""
     named = dict(others) if isinstance(others, Mapping) else dict.fromkeys(others, UNKNOWN)
     header = {f.name: _sha256(f.header) for f in layout.files}
-    calibration = {"calibration": {**_settings(resolution), "sha256": data}} if resolution.needs_data else {}
+    calibration = {"calibration": {**_settings(resolution), "sha256": data}} if resolution.takes_data else {}
     return json_bytes({
         "quantplan": 1,
         "plan": json.loads(resolution.loaded.canonical()),
@@ -99,6 +100,7 @@ def provenance(
         "versions": versions(),
         "treatments": treatments(resolution.assignments),
         **calibration,
+        **_transforms(resolution, layout, frozenset(changed)),
         "files": {f.name: {"size": f.size, "header_sha256": header[f.name]} for f in layout.files},
         "other_files": {name: named[name] for name in sorted(named)},
         "tensors": {name: hashes.get(name, UNKNOWN) for name in layout.tensors},
@@ -111,6 +113,17 @@ def _settings(resolution: Resolution) -> dict[str, Any]:
 
     settings = resolution.calibration.model_dump(mode="json")
     return {**settings, "source": Path(settings["source"]).name, "threads": os.cpu_count()}
+
+
+def _transforms(resolution: Resolution, layout: OutputLayout, changed: frozenset[str]) -> dict[str, Any]:
+    """The transforms with every option, and which tensors they changed: a digit for each of `tensors`, so that the length is
+    known beforehand."""
+    if not resolution.transforms:
+        return {}
+    listed = [{"name": t.name, **t.model_dump(mode="json")} for t in resolution.transforms]
+    sources = {t.name: u.source.name for f in layout.files for u in f.units for t in u.outputs}
+    digits = "".join("1" if sources[name] in changed else "0" for name in layout.tensors)
+    return {"transforms": {"applied": listed, "changed": digits}}
 
 
 def other_hashes(documents: Mapping[str, bytes], files: Mapping[str, Path]) -> dict[str, str]:

@@ -37,6 +37,8 @@ def reading(source: str | os.PathLike[str], tensor: str = "") -> Iterator[None]:
 class TensorReader:
     """Open files of one checkpoint directory; any thread may read. Close it, or use it in a `with`."""
 
+    changed: frozenset[str] = frozenset()  # tensors that are read as something else than what is stored
+
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder, self.tensors = folder, tensors
         self._descriptors: dict[str, int] = {}

@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "eval": runs.evaluate,
     "schemes": registries.schemes,
     "algorithms": registries.algorithms,
+    "transforms": registries.transforms,
     "codes": registries.codes,
     "schema": registries.schema,
     "shapes": plans.shapes,

@@ -75,7 +75,7 @@ def explain(
     import json
 
     from quantplan.errors import did_you_mean, fail
-    from quantplan.explain import chosen, explain_module, summary, totals
+    from quantplan.explain import chosen, explain_module, summary, totals, transform_text
 
     resolution = _resolved(plan, model, revision)
     found = chosen(resolution, modules or ())
@@ -90,6 +90,7 @@ def explain(
         show.document({
             "modules": [{"module": a.name, "treatment": summary(a), "fields": fields[a.name]} for a in found],
             "totals": [{"treatment": t, "modules": n, "weights": w} for t, n, w in totals(resolution)],
+            "transforms": [{"name": t.name, **t.model_dump(mode="json")} for t in resolution.transforms],
             "problems": [p.as_dict() for p in resolution.problems],
         })  # fmt: skip
     elif modules:
@@ -106,6 +107,8 @@ def explain(
         )
         print()
         show.table(("treatment", "modules", "weights"), ((t, n, f"{w:,}") for t, n, w in totals(resolution)))
+        for line in transform_text(resolution):
+            print(f"transform {line}")
     return _say(resolution.problems)
 
 

@@ -1,4 +1,4 @@
-"""Commands that show what there is: schemes, algorithms, codes, schema."""
+"""Commands that show what there is: schemes, algorithms, transforms, codes, schema."""
 
 from __future__ import annotations
 
@@ -50,6 +50,20 @@ def algorithms(name: Name = None, as_json: AsJson = False) -> int:
         show.document({"algorithms": rows})
     else:
         show.table(("algorithm", "what it does"), ((r["algorithm"], r["summary"]) for r in rows))
+    return 0
+
+
+def transforms(name: Name = None, as_json: AsJson = False) -> int:
+    """List transforms, or one with its options."""
+    from quantplan.transform import TRANSFORMS
+
+    if name is not None:
+        return _one(TRANSFORMS.get(name), as_json)
+    rows = [{"transform": t.name, "needs_data": t().needs_data, "summary": _first_line(t)} for t in TRANSFORMS]
+    if as_json:
+        show.document({"transforms": rows})
+    else:
+        show.table(("transform", "what it does"), ((r["transform"], r["summary"]) for r in rows))
     return 0
 
 

@@ -114,6 +114,8 @@ def apply(
     tell: OnStep = on_step or (lambda step: None)
     resolution = prepare(model, plan, revision)
     source = with_weights(resolution.checkpoint)
+    for transform in resolution.transforms:
+        source = transform.stored(source)
     resolution = replace(resolution, checkpoint=source)
     target = Path(out)
     check_target(target, source.require_path())
@@ -128,12 +130,16 @@ def apply(
         resolution = replace(resolution, problems=(*resolution.problems, *map(resolution.loaded.locate, data.notes)))
         begun = {**begun, "calibration": data.hash}
     with (
-        TensorReader(source.require_path(), source.tensors) as reader,
+        TensorReader(source.require_path(), source.tensors) as plain,
         CheckpointWriter(target, layout, begun, overwrite, restart) as writer,
     ):
         reused = writer.reused
         if not writer.already_published:
-            solved = None
+            reader, solved = plain, None
+            if any(t.rewrites for t in resolution.transforms):
+                from quantplan.engine.rewriting import rewritten
+
+                reader = rewritten(resolution, plain, trust_remote_code)
             if data is not None:
                 from quantplan.engine.calibrated import solve_blocks
                 from quantplan.engine.solved import SolvedBlocks
@@ -145,13 +151,15 @@ def apply(
             with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved)) as steps:
                 for step in steps:
                     tell(step)
+            changed = reader.changed | (solved.changed if solved is not None else frozenset())
             account(resolution, layout, writer)
             config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
             documents = layout.side_documents()
             with reading(source.source):
                 check_unchanged(begun, fingerprint(resolution, layout))
                 others = other_hashes({**documents, **config}, copied)
-            record = {NAME: provenance(resolution, layout, writer.hashes, others, data.hash if data is not None else UNKNOWN)}
+            sha256 = data.hash if data is not None else UNKNOWN
+            record = {NAME: provenance(resolution, layout, writer.hashes, others, sha256, changed)}
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
@@ -159,7 +167,7 @@ def apply(
 
 def _calibration_data(resolution: Resolution, trust_remote_code: bool, tell: OnStep) -> CalibrationSet | None:
     """The plan's calibration data where an assignment needs any: read, packed, or written by the model itself."""
-    if not resolution.needs_data:
+    if not resolution.takes_data:
         return None
     from quantplan.calibration.read import read_calibration
 
@@ -211,11 +219,11 @@ def write_units(
                 encoded = output.encode(unit.matrix, tensor, unit.assignment.aq)
                 if solved is not None and unit.assignment.observer is not None:
                     encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
-                if solved is not None and unit.assignment.observer is not None:
-                    encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
                 for info in unit.outputs:
                     writer.write(info, _bytes(encoded[info.name]))
-            elif unit.kind == "cast":
+            elif (replacement := solved.replacement(unit.source.name) if solved is not None else None) is not None:
+                writer.write(unit.outputs[0], _bytes(_cast(replacement, unit)))
+            elif unit.kind == "cast" or unit.source.name in reader.changed:
                 writer.write(unit.outputs[0], _bytes(_cast(reader.read(unit.source.name), unit)))
             else:
                 writer.write_chunks(unit.outputs[0], _chunks(reader, unit))

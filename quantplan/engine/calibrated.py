@@ -12,6 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from quantplan.assignment import Assignment
 from quantplan.calibration.read import CalibrationSet, batches
 from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine.correcting import Correcting
 from quantplan.engine.lockstep import Wait, lockstep
+from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.errors import fail
 from quantplan.live.blocks import find_blocks
@@ -98,12 +101,15 @@ class _Run:
         self.stacks = find_blocks(self.model)
         self.forward = Forward(self.stacks, self.weights, reader)
         self.jobs = {m.name: _Job(m, a) for a in resolution.quantized for m in a.matrices}
-        self.magnitudes = _Magnitudes(self.jobs, reader)
+        self.magnitudes = _Magnitudes(self.jobs, self.weights)
         self.has_float = any("drift" in a.algorithm.needs for a in resolution.quantized)
         size = max(1, BATCH // data.length)
         self.batches = list(batches(data, self.model.config, size))
         self.masks = [mask.reshape(-1) for mask in data.mask.split(size)]
         self._check_places(resolution)
+        treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
+        self.correcting = Correcting(resolution.transforms, (job.matrix for job in self.jobs.values()), self.weights)
+        self.scaling = Scaling(resolution.transforms, treated, self.weights, self.stacks, self.forward, reader, dtype)
 
     def _check_places(self, resolution: Resolution) -> None:
         """Raises QP224 for an assignment that needs data and lies outside of the blocks."""
@@ -148,7 +154,8 @@ class _Run:
                 hidden, exact = block.solve(hidden, exact)
                 seconds = time.monotonic() - started
                 facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3)}
-                self.store.add(block.solved, {**_packed(hidden, "hidden"), **_packed(exact, "exact")}, facts, block.ranges)
+                states = {**_packed(hidden, "hidden"), **_packed(exact, "exact")}
+                self.store.add(block.solved, states, facts, block.ranges, block.changed)
                 number += 1
                 yield SolvedBlock(name, number, total, block.losses, seconds)
             ends.append(hidden)
@@ -184,6 +191,7 @@ class _Block:
     exact_calls: Sequence[Call]
     solved: dict[str, QuantizedTensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    changed: dict[str, Tensor | None] = field(default_factory=dict)  # stored tensor -> what a transform made of it
     ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
     _last: _Inputs | None = None
@@ -194,6 +202,7 @@ class _Block:
         run.weights.load(self.name, run.reader)
         try:
             self.module = run.model.get_submodule(self.name)
+            self.changed = run.scaling(self.name, partial(self._watch, hidden))
             original = copy.deepcopy(self.module) if exact else self.module
             self.inside = {k: v for k, v in run.weights.matrices_at().items() if k[0].startswith(f"{self.name}.")}
             runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
@@ -205,6 +214,16 @@ class _Block:
         finally:
             self._last = None
             run.weights.release(self.name)
+
+    def _watch(self, hidden: Sequence[Tensor], seen: Saw) -> None:
+        """Runs the block, not quantized yet, on all batches; `seen` is given the tokens that count."""
+        for i, (call, state) in enumerate(zip(self.calls, hidden, strict=True)):
+
+            def see(name: str, index: int | None, inputs: Tensor, batch: int = i) -> None:
+                seen(name, index, self._counted(inputs, batch))
+
+            with torch.no_grad(), _compute(), watching(self.module, see, self.name):
+                call(self.module, state)
 
     def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
         def forward(wait: Wait[Tensor]) -> Tensor:
@@ -235,7 +254,8 @@ class _Block:
         needs = frozenset().union(*(self.run.jobs[n].assignment.algorithm.needs for n in unsolved))
         statistics = self._statistics(met, "drift" in needs) if needs else None
         for name in unsolved:
-            self._solve(name, statistics)
+            mean, solve = partial(self._mean, met), partial(self._solve, name, statistics)
+            self.changed |= self.run.correcting.around(self.run.jobs[name].matrix, mean, solve)
             if met.params:
                 self.ranges[name] = met.params
         return met.rounded
@@ -292,6 +312,11 @@ class _Block:
             lower = hessian.tril(-1)
             met.statistics = Statistics((hessian.tril() + lower.t()).div_(count), count, moved.div_(count) if paired else None)
         return met.statistics
+
+    def _mean(self, met: _Inputs) -> Tensor:
+        """Of the inputs as the quantized model computes with them, `[columns]`."""
+        counted = [self._counted(x.float(), i - self.first) for i, x in met.rounded.items() if i >= self.first]
+        return torch.cat(counted).mean(0)
 
     def _counted(self, x: Tensor, batch: int) -> Tensor:
         """The tokens that count. Experts are given tokens of their own choice, and all of them count."""
@@ -361,10 +386,11 @@ def _compute() -> Iterator[None]:
 
 
 class _Magnitudes:
-    """Largest magnitudes that fused matrices share, for schemes with a scale of the whole tensor."""
+    """Largest magnitudes that fused matrices share, for schemes with a scale of the whole tensor: of a loaded block, as
+    transforms left it and before the first of them is solved."""
 
-    def __init__(self, jobs: Mapping[str, _Job], reader: TensorReader) -> None:
-        self._reader = reader
+    def __init__(self, jobs: Mapping[str, _Job], weights: Weights) -> None:
+        self._weights = weights
         self._members: dict[str, list[Matrix]] = {}
         self._known: dict[str, Tensor] = {}
         for name, job in jobs.items():
@@ -376,6 +402,6 @@ class _Magnitudes:
             return None
         key = scale_group(job.matrix.name)
         if key not in self._known:
-            found = [self._reader.read_rows(m, 0, m.rows).abs().amax() for m in self._members[key]]
-            self._known[key] = torch.stack(found).amax().float()
+            model, places = self._weights.model, [p for m in self._members[key] for p in self._weights.place_of(m)]
+            self._known[key] = torch.stack([p.view(model).abs().amax() for p in places]).amax().float()
         return self._known[key]

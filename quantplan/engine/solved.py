@@ -1,7 +1,8 @@
 """What calibration has solved, block by block, kept beside the output until that is written: the memory of an interrupted run.
 
-`blocks.jsonl` names the blocks that are done, one a line; `block-00012.safetensors` holds their matrices, codes and parameters;
-`states-00012.safetensors` the hidden states that block 12 is given, verbatim, so that a resumed run makes the same bytes.
+`blocks.jsonl` names the blocks that are done, one a line; `block-00012.safetensors` holds their matrices, codes and parameters, and
+other tensors that transforms changed; `states-00012.safetensors` the hidden states that block 12 is given, verbatim, so that a
+resumed run makes the same bytes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
 
 JOURNAL = "blocks.jsonl"
+_CHANGED = "changed"
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
 
@@ -34,12 +36,12 @@ class SolvedBlocks:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, str] = {}  # matrix -> file
+        self._changed: dict[str, str] = {}  # stored tensor that a transform changed -> file, '' for a quantized one
         self.done: list[dict[str, Any]] = []  # what the journal says of each block, in order
         for line in self._lines():
             if line.get("file") != _block(len(self.done)) or not self._matches(line):
                 break
-            self.done.append(line)
-            self._files |= dict.fromkeys(line["matrices"], line["file"])
+            self._know(line)
         self._cut_journal()
 
     def _cut_journal(self) -> None:
@@ -100,6 +102,7 @@ class SolvedBlocks:
             durable.remove(path)
         self.done.clear()
         self._files.clear()
+        self._changed.clear()
 
     def add(
         self,
@@ -107,13 +110,16 @@ class SolvedBlocks:
         states: Mapping[str, Tensor],
         facts: Mapping[str, Any],
         inputs: Mapping[str, Params] = MappingProxyType({}),
+        changed: Mapping[str, Tensor | None] = MappingProxyType({}),
     ) -> None:
-        """One more block is done: its matrices, the hidden states after it, what to say about it, and for matrices with static
-        activations what was found for these."""
+        """One more block is done: its matrices, the hidden states after it, what to say about it, for matrices with static
+        activations what was found for these, and what transforms made of stored tensors (None: of one that is quantized)."""
         number = len(self.done)
         file = f"block-{number:05}.safetensors"
         tensors = {f"{name}/{part}": t for name, q in solved.items() for part, t in {"codes": q.codes, **q.params}.items()}
         tensors |= {f"{name}/input/{part}": t.clone() for name, params in inputs.items() for part, t in params.items()}
+        tensors |= {f"{name}/{_CHANGED}": t for name, t in changed.items() if t is not None}
+        facts = {**facts, "changed": {name: t is not None for name, t in changed.items()}}
         with durable.named_errors(self.folder):
             digest = self._save(file, tensors, sync=True)
             following = self._save(_states(number + 1), states, sync=False)
@@ -123,8 +129,27 @@ class SolvedBlocks:
                 journal.flush()
                 os.fsync(journal.fileno())
             durable.remove(self.folder / _states(number))
+        self._know(line)
+
+    def _know(self, line: dict[str, Any]) -> None:
         self.done.append(line)
-        self._files |= dict.fromkeys(solved, file)
+        self._files |= dict.fromkeys(line["matrices"], line["file"])
+        for name, kept in line["changed"].items():
+            self._changed[name] = line["file"] if kept else ""
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The stored tensors that transforms changed, quantized ones too."""
+        return frozenset(self._changed)
+
+    def replacement(self, tensor: str) -> Tensor | None:
+        """What a transform made of a stored tensor that is not quantized, float32; None when it left it alone."""
+        file = self._changed.get(tensor)
+        if not file:
+            return None
+        with safe_open(self.folder / file, "pt") as opened:
+            found: Tensor = opened.get_tensor(f"{tensor}/{_CHANGED}")
+        return found
 
     def _save(self, name: str, tensors: Mapping[str, Tensor], sync: bool) -> str:
         """Writes a file whole, under its name only when it is; its sha256. States are not synced: a power cut that loses them

@@ -9,7 +9,7 @@ alike. Edges are kept only if the block's output stays the same when their chann
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -112,18 +112,35 @@ def _unscale(block: nn.Module, target: Target, factors: Tensor) -> None:
 def holds(block: nn.Module, edge: Edge, probe: Probe, seed: int = 0) -> bool:
     """Whether the block, loaded in float32, computes the same with random channels of `edge` scaled by 1/4 to 4. The factors
     are powers of two, so that nearly all of the arithmetic is exact."""
-    before = probe.run(block)
     generator = torch.Generator().manual_seed(seed)
     factors = 2.0 ** torch.randint(-2, 3, (edge.channels,), generator=generator)
-    with _restored(block, edge):
-        apply_scale(block, edge, factors)
+    return unchanged(block, _touched_by(edge), lambda: apply_scale(block, edge, factors), probe)
+
+
+@torch.no_grad()
+def unchanged(
+    block: nn.Module, names: Iterable[str], change: Callable[[], None], probe: Probe, tolerance: float = UNCHANGED
+) -> bool:
+    """Whether the block, loaded in float32, computes the same after `change`, which changes the parameters `names`; they are put
+    back."""
+    before = probe.run(block)
+    with _restored(block, names):
+        change()
         after = probe.run(block)
-    return bool((after - before).abs().amax() <= UNCHANGED * before.abs().amax())
+    return bool((after - before).abs().amax() <= tolerance * before.abs().amax())
+
+
+def matrices_of(block: nn.Module, probe: Probe) -> list[Edge]:
+    """Every matrix that the block computes with, as an edge without targets: its outputs, its bias, where its inputs are."""
+    return list(_Search(block, probe).matrices())
+
+
+def _touched_by(edge: Edge) -> list[str]:
+    return [edge.source, *(t.name for t in edge.targets), *([edge.bias] if edge.bias else [])]
 
 
 @contextlib.contextmanager
-def _restored(block: nn.Module, edge: Edge) -> Iterator[None]:
-    names = {edge.source, *(t.name for t in edge.targets), *([edge.bias] if edge.bias else [])}
+def _restored(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
     kept = {name: block.get_parameter(name).detach().clone() for name in names}
     try:
         yield
@@ -275,7 +292,7 @@ class _Search:
         it follows, or -1. `known` readers are scaled back."""
         targets = tuple(Target(n, columns, self.input_axis[n]) for n, columns in known.items())
         tried = Edge(edge.kind, edge.source, targets, edge.rows, edge.bias, edge.offset, edge.input_axis)
-        with _restored(self.block, tried):
+        with _restored(self.block, _touched_by(tried)):
             apply_scale(self.block, tried, factors)
             after = self._watch()
         changed = {}

@@ -11,6 +11,7 @@ from quantplan.observer import OBSERVERS
 from quantplan.plan.schema import Plan
 from quantplan.registry import Registry
 from quantplan.scheme import NOT_IN_PLANS, SCHEMES, SchemeConfig
+from quantplan.transform import TRANSFORMS
 
 ID = "https://quantplan.dev/schemas/plan-1.json"
 NULL = {"type": "null"}
@@ -49,9 +50,9 @@ def plan_schema() -> dict[str, Any]:
     }
     calibration = {"type": "string", "minLength": 1, "description": "the source alone"}
     top["calibration"]["anyOf"].insert(0, calibration)
-    for key in ("transforms", "kv_cache"):
-        empty = {"type": "array", "maxItems": 0} if key == "transforms" else NULL
-        top[key] = {**empty, "description": f"{top[key]['description']} (not available yet)"}
+    listed = {"anyOf": [{"enum": TRANSFORMS.names()}, *(_object(member, "name", {}) for member in TRANSFORMS)]}
+    top["transforms"] = {"type": "array", "items": listed, "default": [], "description": top["transforms"]["description"]}
+    top["kv_cache"] = {**NULL, "description": f"{top['kv_cache']['description']} (not available yet)"}
     top["defaults"] = {**top["default"], "description": "another spelling of `default`"}
     schema["not"] = {"required": ["default", "defaults"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": ID, **schema}

@@ -20,12 +20,15 @@ from quantplan.plan.calibration import KEY, check_source
 from quantplan.plan.pattern import check_pattern
 from quantplan.plan.schema import Calibration, Output, Override, Plan, Rule
 from quantplan.plan.source import Source, read_source
+from quantplan.plan.transforms import KEY as TRANSFORMS_KEY
+from quantplan.plan.transforms import check_listed
 from quantplan.registry import Registry
 from quantplan.scheme import SCHEMES
+from quantplan.transform import TRANSFORMS
 
 # names of the design whose machinery is not there yet: said so, not called unknown
 PLANNED = {
-    "algorithm": ("awq", "autoround", "hqq"),
+    "algorithm": ("autoround", "hqq"),
     "format": ("gguf", "mlx", "onnx"),
     "engine": ("llama.cpp", "mlx", "onnxruntime", "sglang"),
 }
@@ -172,11 +175,12 @@ def check_plan(plan: Plan) -> Iterator[Problem]:
                 yield Problem("QP109", f"pattern {reason}", path=(*path, "pattern", place))
     if plan.calibration is not None:
         yield from check_source(plan.calibration)
-    for key in ("transforms", "kv_cache"):
-        if getattr(plan, key):
-            yield Problem(
-                "QP108", f"'{key}' is not available yet", "remove it: this version quantizes without data", (key,), True
-            )
+    for index, choice in enumerate(plan.transforms):
+        yield from _check_choice(TRANSFORMS, choice, (TRANSFORMS_KEY, index), "name", True, {})
+    yield from check_listed(plan)
+    if plan.kv_cache:
+        advice = "remove it: this version quantizes weights and activations"
+        yield Problem("QP108", "'kv_cache' is not available yet", advice, ("kv_cache",), True)
     yield from _check_name(FORMATS, plan.output.format, ("output", "format"))
     for index, engine in enumerate(plan.engines or ()):
         if engine not in ENGINES:

@@ -21,7 +21,9 @@ from quantplan.plan.lint import lint
 from quantplan.plan.load import LoadedPlan, in_order, schema_problems
 from quantplan.plan.overrides import check_shadowed, match_overrides
 from quantplan.plan.schema import Calibration, Plan
+from quantplan.plan.transforms import check_fit, listed, with_implied
 from quantplan.scheme import SCHEMES, SchemeConfig
+from quantplan.transform import Transform
 
 SOURCE_DTYPE = Origin(label="dtype of the source")
 
@@ -35,6 +37,7 @@ class Resolution:
     assignments: Mapping[str, Assignment]
     problems: tuple[Problem, ...] = ()
     matches: Mapping[int, int] = field(default_factory=dict)  # override -> how many modules it matches
+    transforms: tuple[Transform, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -49,6 +52,11 @@ class Resolution:
     def needs_data(self) -> list[Assignment]:
         """The assignments that take calibration: for their weights, or for a static range of their activations."""
         return [a for a in self.quantized if a.algorithm.needs or a.observer is not None]
+
+    @property
+    def takes_data(self) -> bool:
+        """Whether anything must see activations: an assignment, or a transform."""
+        return bool(self.needs_data) or any(t.needs_data for t in self.transforms)
 
     @property
     def calibration(self) -> Calibration:
@@ -87,7 +95,10 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
 
     `live`: the modules of a model in memory, instead of those the checkpoint stores; no format or engine has to hold them.
     """
-    plan, modules = loaded.plan, find_modules(checkpoint) if live is None else live
+    plan, transforms = loaded.plan, listed(loaded.plan)
+    for transform in transforms if live is None else ():
+        checkpoint = transform.stored(checkpoint)
+    modules = find_modules(checkpoint) if live is None else live
     names = list(modules)
     matched, problems = match_overrides(plan, names)
     masks: dict[int, list[int]] = {}
@@ -115,9 +126,10 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
     effective = {o for treatment in shared.values() for o in treatment.live}
     problems += check_shadowed(plan, matched, effective, words, list(modules.values()))
     problems += lint(plan, checkpoint, assignments, in_memory=live is not None)
-    return Resolution(
-        loaded, checkpoint, assignments, _placed(loaded, problems), {i: len(found) for i, found in enumerate(matched)}
-    )
+    transforms = with_implied(transforms, assignments)
+    problems += check_fit(plan, transforms, checkpoint, assignments, in_memory=live is not None)
+    counts = {i: len(found) for i, found in enumerate(matched)}
+    return Resolution(loaded, checkpoint, assignments, _placed(loaded, problems), counts, transforms)
 
 
 def _placed(loaded: LoadedPlan, problems: Sequence[Problem]) -> tuple[Problem, ...]:
