@@ -18,7 +18,7 @@ from quantplan.checkpoint.provenance import NAME, UNKNOWN, fingerprint, other_ha
 from quantplan.checkpoint.reader import TensorReader, reading
 from quantplan.checkpoint.side_files import output_config, side_files
 from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes
-from quantplan.errors import QuantplanError, fail
+from quantplan.errors import Problem, QuantplanError, fail, listing
 from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint, read_checkpoint
@@ -148,6 +148,7 @@ def apply(
                 with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
                     for block in blocks:
                         tell(Step("calibrating", block.name, block.number, block.total, block))
+                resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved)))
             with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved)) as steps:
                 for step in steps:
                     tell(step)
@@ -163,6 +164,15 @@ def apply(
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
+
+
+def unseen_experts(solved: SolvedBlocks) -> list[Problem]:
+    """A note on the experts that no token of the data came to."""
+    names = [name for line in solved.done for name in line.get("unseen", ())]
+    if not names:
+        return []
+    text = f"no token came to some experts, which were rounded without data, in {listing(names)}"
+    return [Problem("QP605", text, "give more data, or say calibration: {all_experts: true}", severity="note")]
 
 
 def _calibration_data(resolution: Resolution, trust_remote_code: bool, tell: OnStep) -> CalibrationSet | None:

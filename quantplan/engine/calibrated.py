@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantplan.algorithm import ALGORITHMS
 from quantplan.assignment import Assignment
 from quantplan.calibration.read import CalibrationSet, batches
 from quantplan.checkpoint.reader import TensorReader
@@ -27,6 +28,7 @@ from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.errors import fail
 from quantplan.live.blocks import find_blocks
+from quantplan.live.experts import every_token_to_every_expert, routed_experts
 from quantplan.live.forward import Call, Forward
 from quantplan.live.skeleton import skeleton
 from quantplan.live.watch import watching
@@ -102,11 +104,13 @@ class _Run:
         self.forward = Forward(self.stacks, self.weights, reader)
         self.jobs = {m.name: _Job(m, a) for a in resolution.quantized for m in a.matrices}
         self.magnitudes = _Magnitudes(self.jobs, self.weights)
+        self.all_experts = resolution.calibration.all_experts
         self.has_float = any("drift" in a.algorithm.needs for a in resolution.quantized)
         size = max(1, BATCH // data.length)
         self.batches = list(batches(data, self.model.config, size))
         self.masks = [mask.reshape(-1) for mask in data.mask.split(size)]
         self._check_places(resolution)
+        self._check_experts(resolution)
         treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
         self.correcting = Correcting(resolution.transforms, (job.matrix for job in self.jobs.values()), self.weights)
         self.scaling = Scaling(resolution.transforms, treated, self.weights, self.stacks, self.forward, reader, dtype)
@@ -122,17 +126,27 @@ class _Run:
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
                     raise fail("QP224", text, advice)
 
+    def _check_experts(self, resolution: Resolution) -> None:
+        """Raises QP224 for `all_experts` where no experts are called as transformers calls them."""
+        if self.all_experts and not any(routed_experts(self.model.get_submodule(name)) for name in self.stacks.names):
+            text = "the model has no experts that could be given every token"
+            raise fail("QP224", text, "leave out calibration: all_experts", file=resolution.checkpoint.source)
+
     def blocks(self) -> Iterator[SolvedBlock]:
-        total, number = len(self.stacks.names), 0
-        exact_ends: list[list[Tensor]] = []
-        ends: list[list[Tensor]] = []
-        resumed = self.store.states() if self.store.done else None
-        if self.store.done and resumed is None:
+        total, done = len(self.stacks.names), self.store.done
+        resumed = self.store.states() if 0 < len(done) < total else {}
+        if resumed is None:
             self.store.forget()
-        skip = len(self.store.done)
+        for number, line in enumerate(done):
+            yield SolvedBlock(line["name"], number + 1, total, line["losses"], line["seconds"], resumed=True)
+        if len(done) == total:
+            return
+        number, start = len(done), 0
+        ends, exact_ends = _unpacked_all(resumed or {}, "end"), _unpacked_all(resumed or {}, "exact_end")
         for s, stack in enumerate(self.stacks.stacks):
-            if number + len(stack.blocks) <= skip and s + 1 < len(self.stacks.stacks):
-                raise NotImplementedError
+            skip, start = max(0, number - start), start + len(stack.blocks)
+            if s < len(ends):
+                continue
             captured = self.forward.capture(s, self.batches, ends)
             hidden, calls = captured.hidden, captured.calls
             exact, exact_calls = hidden, calls
@@ -141,25 +155,22 @@ class _Run:
                 exact, exact_calls = again.hidden, again.calls
             hidden = [h.float() for h in hidden]
             exact = [h.float() for h in exact] if self.has_float else []
-            for k, name in enumerate(stack.blocks):
+            if skip:
+                hidden, exact = _unpacked(resumed or {}, "hidden"), _unpacked(resumed or {}, "exact")
+            for k, name in list(enumerate(stack.blocks))[skip:]:
                 started = time.monotonic()
-                if number < skip:
-                    line = self.store.done[number]
-                    if number == skip - 1 and resumed is not None:
-                        hidden, exact = _unpacked(resumed, "hidden"), _unpacked(resumed, "exact")
-                    number += 1
-                    yield SolvedBlock(name, number, total, line["losses"], line["seconds"], resumed=True)
-                    continue
                 block = _Block(self, name, calls[k], exact_calls[k])
                 hidden, exact = block.solve(hidden, exact)
+                following = {"hidden": hidden, "exact": exact}
+                if k == len(stack.blocks) - 1:
+                    ends, exact_ends, following = [*ends, hidden], [*exact_ends, exact], {}
+                following |= {f"end.{i}": e for i, e in enumerate(ends)} | {f"exact_end.{i}": e for i, e in enumerate(exact_ends)}
+                states = {key: t for part, ts in following.items() for key, t in _packed(ts, part).items()}
                 seconds = time.monotonic() - started
-                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3)}
-                states = {**_packed(hidden, "hidden"), **_packed(exact, "exact")}
-                self.store.add(block.solved, states, facts, block.ranges, block.changed)
+                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3), "unseen": block.unseen}
                 number += 1
+                self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
                 yield SolvedBlock(name, number, total, block.losses, seconds)
-            ends.append(hidden)
-            exact_ends.append(exact)
 
 
 def _packed(states: Sequence[Tensor], name: str) -> dict[str, Tensor]:
@@ -168,6 +179,12 @@ def _packed(states: Sequence[Tensor], name: str) -> dict[str, Tensor]:
 
 def _unpacked(saved: Mapping[str, Tensor], name: str) -> list[Tensor]:
     return [saved[key] for key in sorted(saved) if key.startswith(f"{name}.")]
+
+
+def _unpacked_all(saved: Mapping[str, Tensor], name: str) -> list[list[Tensor]]:
+    """Of every stack that was finished."""
+    count = len({key.split(".")[1] for key in saved if key.startswith(f"{name}.")})
+    return [_unpacked(saved, f"{name}.{stack}") for stack in range(count)]
 
 
 @dataclass
@@ -193,6 +210,7 @@ class _Block:
     losses: dict[str, float] = field(default_factory=dict)
     changed: dict[str, Tensor | None] = field(default_factory=dict)  # stored tensor -> what a transform made of it
     ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
+    unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
     _last: _Inputs | None = None
 
@@ -207,9 +225,11 @@ class _Block:
             self.inside = {k: v for k, v in run.weights.matrices_at().items() if k[0].startswith(f"{self.name}.")}
             runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
             self.first = len(runs)
-            runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=True)]
+            runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=bool(self.calls))]
             outputs = lockstep(runs, self._meet, self._rank)
             self._solve_unseen()
+            if not runs:  # the model skips the block
+                return list(hidden), list(exact)
             return outputs[self.first :], outputs[: self.first]
         finally:
             self._last = None
@@ -233,7 +253,8 @@ class _Block:
                 answer = wait((name, index), inputs)
                 return None if answer is inputs else answer
 
-            with torch.no_grad(), _compute(), watching(module, seen, self.name):
+            everywhere = every_token_to_every_expert(module) if self.run.all_experts else contextlib.nullcontext()
+            with torch.no_grad(), _compute(), watching(module, seen, self.name), everywhere:
                 return call(module, hidden).float()
 
         return forward
@@ -327,6 +348,9 @@ class _Block:
         job = self.run.jobs[name]
         wq, algorithm = job.assignment.wq, job.assignment.algorithm
         assert wq is not None
+        if statistics is None and algorithm.needs:
+            algorithm = ALGORITHMS.get("rtn")()
+            self.unseen.append(name)
         places = self.run.weights.place_of(job.matrix)
         weight = torch.cat([p.view(self.run.model) for p in places]).float()
         try:

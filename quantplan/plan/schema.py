@@ -126,6 +126,9 @@ class Calibration(PlanModel):
     """false: the first sequences in their order, whatever the seed"""
     skip_tokens: NonNegativeInt = 0
     """positions at the start of each sequence that statistics leave out, and with them every begin-of-sequence token; 0: all count"""
+    all_experts: bool = False
+    """true: every token counts for every expert of a mixture, not only for those the router chose; takes as much longer as there
+    are more experts than chosen ones"""
 
     @model_validator(mode="after")
     def _something_counts(self) -> Calibration:
