@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +23,25 @@ if TYPE_CHECKING:
 Need = Literal["hessian", "drift"]  # what `Statistics` must hold
 
 
+class BlockProblem(Protocol):
+    """A block of the model whose matrices `Algorithm.solve` has put on their grids, to be tuned together."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Each matrix as it was, float32 `[rows, columns]`."""
+
+    @property
+    def started(self) -> Mapping[str, QuantizedTensor]:
+        """Each matrix as it was solved."""
+
+    @property
+    def batches(self) -> int:
+        """How many batches of data there are."""
+
+    def loss(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """The error of the block's outputs, 0-d, when its matrices are `weights`, which may carry gradients."""
+
+
 class Algorithm(BaseModel, ABC):
     """An algorithm with its options, which are its fields. Frozen."""
 
@@ -30,6 +49,7 @@ class Algorithm(BaseModel, ABC):
 
     name: ClassVar[str]
     passes: ClassVar[float] = 1.0  # rough cost, in roundings of the weight: for the time estimate
+    tunes: ClassVar[bool] = False  # whether `tune` follows when all matrices of a block are solved
     implies: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # transforms that are half of the method, with their options
 
     @classmethod
@@ -53,6 +73,10 @@ class Algorithm(BaseModel, ABC):
         """`weight`, float32 `[rows, columns]`, on the quantizer's grid. Rows do not influence each other unless the scheme
         shares parameters between them. `absmax`: see `Quantizer.fit`; `statistics`: of the inputs, with all that `needs` says.
         Raises NonFinite."""
+
+    def tune(self, problem: BlockProblem) -> Mapping[str, QuantizedTensor]:
+        """Better choices for the matrices of a block, those it does not better left out. Only called where `tunes`."""
+        raise NotImplementedError
 
 
 ALGORITHMS: Registry[Algorithm] = Registry("algorithm", "algorithms")

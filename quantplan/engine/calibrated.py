@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantplan.algorithm import ALGORITHMS
+from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.assignment import Assignment
 from quantplan.calibration.read import CalibrationSet, batches
 from quantplan.checkpoint.reader import TensorReader
@@ -26,6 +26,7 @@ from quantplan.engine.correcting import Correcting
 from quantplan.engine.lockstep import Wait, lockstep
 from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
+from quantplan.engine.tuning import TunedBlock
 from quantplan.errors import fail
 from quantplan.live.blocks import find_blocks
 from quantplan.live.experts import every_token_to_every_expert, routed_experts
@@ -40,7 +41,7 @@ from quantplan.scheme import NonFinite, Params, SchemeConfig
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
 
-BATCH = 4096  # tokens a batch: what one forward holds of a block's inner activations
+BATCH = 2048  # tokens a batch: what one forward holds of a block's inner activations
 SLICE = 512  # columns of a Hessian at a time: half of it is the mirror of the other half
 
 Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one
@@ -105,7 +106,7 @@ class _Run:
         self.jobs = {m.name: _Job(m, a) for a in resolution.quantized for m in a.matrices}
         self.magnitudes = _Magnitudes(self.jobs, self.weights)
         self.all_experts = resolution.calibration.all_experts
-        self.has_float = any("drift" in a.algorithm.needs for a in resolution.quantized)
+        self.has_float = any("drift" in a.algorithm.needs or a.algorithm.tunes for a in resolution.quantized)
         size = max(1, BATCH // data.length)
         self.batches = list(batches(data, self.model.config, size))
         self.masks = [mask.reshape(-1) for mask in data.mask.split(size)]
@@ -230,7 +231,8 @@ class _Block:
             self._solve_unseen()
             if not runs:  # the model skips the block
                 return list(hidden), list(exact)
-            return outputs[self.first :], outputs[: self.first]
+            ends, exact_ends = outputs[self.first :], outputs[: self.first]
+            return self._tune(hidden, exact_ends, original) or ends, exact_ends
         finally:
             self._last = None
             run.weights.release(self.name)
@@ -368,6 +370,31 @@ class _Block:
             error, hessian = values - weight, statistics.hessian
             size = float((weight * (weight @ hessian)).sum())
             self.losses[name] = float((error * (error @ hessian)).sum()) / size if size > 0 else 0.0
+
+    def _tune(self, hidden: Sequence[Tensor], targets: Sequence[Tensor], original: nn.Module) -> list[Tensor]:
+        """Hands the solved block to the algorithm that tunes, for its matrices; the hidden states after it, or nothing where
+        nothing was changed. Slabs of fused parameters stay as they were solved."""
+        run = self.run
+        chosen: dict[Algorithm, dict[str, str]] = {}
+        for name in self.solved:
+            places = run.weights.place_of(run.jobs[name].matrix)
+            whole = len(places) == 1 and places[0].index is None and not places[0].transposed
+            if run.jobs[name].assignment.algorithm.tunes and whole and places[0].rows == len(places[0].view(run.model)):
+                parameter = places[0].parameter.removeprefix(f"{self.name}.")
+                chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = parameter
+        changed: dict[str, QuantizedTensor] = {}
+        for algorithm, parameters in chosen.items():
+            weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
+            started = {n: self.solved[n] for n in parameters}
+            problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, _compute)
+            changed |= algorithm.tune(problem)
+            for name, made in changed.items():
+                self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))
+        self.solved |= changed
+        if not changed:
+            return []
+        with torch.no_grad(), _compute():
+            return [call(self.module, state).float() for call, state in zip(self.calls, hidden, strict=True)]
 
     def _solve_unseen(self) -> None:
         """What no token came to. Raises QP605 for a matrix that every token should have come to."""

@@ -42,7 +42,7 @@ class Call:
     options: Options
     place: int | str  # of the hidden state: a position, or a name
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The hidden state that `block`, loaded, makes of `hidden` `[batch, tokens, features]`."""
         arguments, options = list(self.arguments), dict(self.options)
         if isinstance(self.place, int):

@@ -28,7 +28,7 @@ from quantplan.transform import TRANSFORMS
 
 # names of the design whose machinery is not there yet: said so, not called unknown
 PLANNED = {
-    "algorithm": ("autoround", "hqq"),
+    "algorithm": ("hqq",),
     "format": ("gguf", "mlx", "onnx"),
     "engine": ("llama.cpp", "mlx", "onnxruntime", "sglang"),
 }
