@@ -39,6 +39,8 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
     checkpoint = _inventory(model)
     resolution = resolve(load_plan(plan), checkpoint, _live_modules(model, checkpoint)).require()
     _check_assignments(model, resolution.quantized)
+    if resolution.plan.transforms:
+        raise fail("QP222", "transforms take a checkpoint, and there is a model in memory", "use quantplan.apply")
     largest = _largest_magnitudes(model, resolution.quantized)
     holders = _holders(model)
     for assignment in resolution.quantized:
@@ -93,6 +95,9 @@ def _live_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Module]
 def _check_assignments(model: nn.Module, assignments: Iterable[Assignment]) -> None:
     """What would stop the work half-way is found before it begins."""
     for assignment in assignments:
+        if assignment.algorithm.needs:
+            text = f"algorithm '{assignment.algorithm.name}' takes calibration, which models in memory are not given yet"
+            raise fail("QP222", text, "use quantplan.apply, or an algorithm without calibration, such as rtn")
         if model.get_parameter(assignment.module.tensor.name).is_meta:
             raise fail("QP222", "the model has no weights: it is on the meta device", "load its weights first")
         if assignment.module.kind == "experts" and assignment.aq is not None:
