@@ -193,8 +193,6 @@ def test_problems_are_raised_before_anything_changes() -> None:
         quantize(sequential().to("meta"), {"default": {"wq": "int4"}})
     with pytest.raises(QuantplanError, match="QP222 algorithm 'gptq' takes calibration"):
         quantize(sequential(), {"default": {"wq": "int4", "algorithm": "gptq"}})
-    with pytest.raises(QuantplanError, match="QP222 transforms take a checkpoint"):
-        quantize(sequential(), {"default": {"wq": "int4"}, "transforms": ["rotation"]})
     assert type(model[0]) is nn.Linear
     once = quantize(sequential(), {"default": {"wq": "int4"}})
     with pytest.raises(QuantplanError, match="QP119"):

@@ -39,8 +39,6 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
     checkpoint = _inventory(model)
     resolution = resolve(load_plan(plan), checkpoint, _live_modules(model, checkpoint)).require()
     _check_assignments(model, resolution.quantized)
-    if resolution.plan.transforms:
-        raise fail("QP222", "transforms take a checkpoint, and there is a model in memory", "use quantplan.apply")
     largest = _largest_magnitudes(model, resolution.quantized)
     holders = _holders(model)
     for assignment in resolution.quantized:
