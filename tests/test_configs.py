@@ -6,6 +6,10 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import torch
+import yaml
+import zoo
+from safetensors.torch import save_file
 
 from quantplan.cli import run
 from quantplan.engine.apply import apply
@@ -24,8 +28,24 @@ TREATMENTS = {
 }
 
 
+CALIBRATED = {"int4-gptq.yaml": {"int4 group 32, gptq"}}
+
+
 def test_every_config_is_here() -> None:
-    assert {p.name for p in CONFIGS.iterdir()} == {*TREATMENTS, "seed.json", "plan.schema.json"}
+    assert {p.name for p in CONFIGS.iterdir()} == {*TREATMENTS, *CALIBRATED, "seed.json", "plan.schema.json"}
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_a_calibrated_config_applies(tmp_path: Path, name: str) -> None:
+    model = zoo.build("llama", tmp_path / "model")
+    assert run(["validate", str(CONFIGS / name)]) == 0
+    save_file({"input_ids": torch.arange(96).view(4, 24) % 64}, tmp_path / "ids.safetensors")
+    plan = yaml.safe_load((CONFIGS / name).read_text())
+    plan["default"]["group_size"] = 32  # what divides so small a model
+    plan["calibration"] = {"source": str(tmp_path / "ids.safetensors"), "samples": 4}
+    report = apply(model, plan, tmp_path / "out")
+    assert {summary(a) for a in report.resolution.quantized} == CALIBRATED[name]
+    assert report.written == report.estimate.output_bytes
 
 
 @pytest.mark.parametrize("name", TREATMENTS)
