@@ -1,8 +1,8 @@
 """What calibration has solved, block by block, kept beside the output until that is written: the memory of an interrupted run.
 
-`blocks.jsonl` names the blocks that are done, one a line; `block-00012.safetensors` holds their matrices, codes and parameters, and
-other tensors that transforms changed; `states-00012.safetensors` the hidden states that block 12 is given, verbatim, so that a
-resumed run makes the same bytes.
+`blocks.jsonl` names the blocks that are done, one a line; `block-00012.safetensors` holds their matrices, codes and parameters,
+and other tensors that transforms changed; `states-00012.safetensors` the hidden states that block 12 is given, verbatim, so that
+a resumed run makes the same bytes.
 """
 
 from __future__ import annotations
