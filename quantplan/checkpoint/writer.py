@@ -258,6 +258,10 @@ class CheckpointWriter:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def forget(self) -> None:
+        """Nothing worth keeping was done: what runs next may be something else."""
+        durable.remove(self.staging / "run.json")
+
     def _discard_staging(self) -> None:
         """Removes the staging directory, the marker last: while it stands, a later run knows that the output is in place."""
         if self.staging.exists():

@@ -130,24 +130,25 @@ def apply(
         resolution = replace(resolution, problems=(*resolution.problems, *map(resolution.loaded.locate, data.notes)))
         begun = {**begun, "calibration": data.hash}
     with (
-        TensorReader(source.require_path(), source.tensors) as plain,
+        reading_rewritten(resolution, trust_remote_code) as reader,  # refuses models before anything is written
         CheckpointWriter(target, layout, begun, overwrite, restart) as writer,
     ):
         reused = writer.reused
         if not writer.already_published:
-            reader, solved = plain, None
-            if any(t.rewrites for t in resolution.transforms):
-                from quantplan.engine.rewriting import rewritten
-
-                reader = rewritten(resolution, plain, trust_remote_code)
+            solved = None
             if data is not None:
                 from quantplan.engine.calibrated import solve_blocks
                 from quantplan.engine.solved import SolvedBlocks
 
                 solved = SolvedBlocks(writer.staging / "calibration")
                 with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
-                    for block in blocks:
-                        tell(Step("calibrating", block.name, block.number, block.total, block))
+                    try:
+                        for block in blocks:
+                            tell(Step("calibrating", block.name, block.number, block.total, block))
+                    except QuantplanError:
+                        if not solved.done and not reused:  # the model was refused: another plan need not say --restart
+                            writer.forget()
+                        raise
                 resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved)))
             with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved)) as steps:
                 for step in steps:
@@ -164,6 +165,19 @@ def apply(
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
+
+
+@contextlib.contextmanager
+def reading_rewritten(resolution: Resolution, trust_remote_code: bool = False) -> Iterator[TensorReader]:
+    """The source's tensors, as the plan's transforms rewrite them. Raises QP222 to QP226 where these do not fit the model."""
+    checkpoint = resolution.checkpoint
+    with TensorReader(checkpoint.require_path(), checkpoint.tensors) as plain:
+        if not any(t.rewrites for t in resolution.transforms):
+            yield plain
+            return
+        from quantplan.engine.rewriting import rewritten
+
+        yield rewritten(resolution, plain, trust_remote_code)
 
 
 def unseen_experts(solved: SolvedBlocks) -> list[Problem]:
