@@ -129,9 +129,12 @@ def diff(a: Resolution, b: Resolution) -> list[Change]:
     """The modules that `a` and `b`, plans on the same checkpoint, treat differently, in the checkpoint's order."""
     stored_a, stored_b = stored_bytes(a), stored_bytes(b)
     changes = []
-    for name, before in a.assignments.items():
-        after = b.assignments[name]
-        if _treatment(before) != _treatment(after) or stored_a[name] != stored_b[name]:
+    for name in dict.fromkeys((*a.assignments, *b.assignments)):
+        before, after = a.assignments.get(name), b.assignments.get(name)
+        if before is None or after is None:  # a head that one of them unties from the embedding
+            said = [summary(found) if found is not None else "tied" for found in (before, after)]
+            changes.append(Change(name, said[0], said[1], stored_a.get(name, 0), stored_b.get(name, 0)))
+        elif _treatment(before) != _treatment(after) or stored_a[name] != stored_b[name]:
             options = _changed_options(before, after)
             shown = f"{summary(after)} ({options})" if summary(before) == summary(after) and options else summary(after)
             changes.append(Change(name, summary(before), shown, stored_a[name], stored_b[name]))

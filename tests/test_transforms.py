@@ -421,3 +421,26 @@ def test_a_refusal_leaves_nothing_in_the_way_of_another_plan(folder: Path, tmp_p
         else:
             with pytest.raises(QuantplanError, match="QP226"):
                 apply(path, plan, tmp_path / "out")
+
+
+def test_commands_tell_of_transforms(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from quantplan.cli import run
+
+    path = str(zoo.build("llama-tied", folder))
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("default: {wq: int4, group_size: 32, algorithm: awq}\n")
+    second.write_text("default: {wq: int4, group_size: 32, algorithm: awq}\ntransforms: [{name: rotation, seed: 5}]\n")
+    assert run(["explain", str(second), "--model", path]) == 0
+    shown = capsys.readouterr().out
+    assert "transform rotation (seed: 5), from the plan" in shown and "transform awq (where: awq), from an algorithm" in shown
+    assert run(["diff", str(first), str(second), "--model", path]) == 0
+    brought = "awq (where: awq), from an algorithm"
+    assert f"transforms: {brought} → rotation (seed: 5), from the plan, {brought}" in capsys.readouterr().out
+    assert run(["diff", str(second), str(first), "--model", path, "--json"]) == 0
+    (change,) = json.loads(capsys.readouterr().out)["changes"]
+    assert (change["module"], change["before"], change["after"]) == ("lm_head", "kept (output heads)", "tied")
+    assert run(["transforms"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in TRANSFORMS.names())
+    assert run(["transforms", "smoothquant", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["options"]) == {"alpha", "linear", "everywhere"}

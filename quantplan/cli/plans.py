@@ -130,12 +130,16 @@ def diff(
     changes = explaining.diff(a, b)
     delta = sum(c.bytes_after - c.bytes_before for c in changes)
     if as_json:
-        show.document({"changes": [vars(c) for c in changes], "bytes": delta})
+        transforms = [[{"name": t.name, **t.model_dump(mode="json")} for t in r.transforms] for r in (a, b)]
+        show.document({"changes": [vars(c) for c in changes], "transforms": transforms, "bytes": delta})
         return 0
     if changes:
         rows = ((c.module, c.before, c.after, show.size(c.bytes_before), show.size(c.bytes_after)) for c in changes)
         show.table(("module", before.name, after.name, "bytes", "→ bytes"), rows)
         print()
+    if a.transforms != b.transforms:  # they reach every module, and no single one's treatment says so
+        before_text, after_text = (", ".join(explaining.transform_text(r)) or "none" for r in (a, b))
+        print(f"transforms: {before_text} → {after_text}")
     print(f"{len(changes)} of {len(a.assignments)} modules change, {'+' if delta >= 0 else '−'}{show.size(abs(delta))}")
     return 0
 
