@@ -34,6 +34,7 @@ def options(
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "apply": runs.apply,
+    "calibrate": runs.calibrate,
     "validate": plans.validate,
     "explain": plans.explain,
     "diff": plans.diff,

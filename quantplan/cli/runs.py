@@ -34,6 +34,9 @@ def apply(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let calibration run Python code that the checkpoint brings.")
     ] = False,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", metavar="STATS", help="Statistics that `calibrate` collected, instead of data.")
+    ] = None,
     events: Annotated[
         Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
     ] = None,
@@ -66,12 +69,48 @@ def apply(
             workers=threads,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            statistics=stats,
             on_step=on_step,
         )
     if as_json:
         show.document(report.as_dict())
     else:
         _show_report(report)
+    return 0
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a checkpoint, or Hub id.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML: its calibration settings.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder to make.")],
+    revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let it run Python code that the checkpoint brings.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Collect statistics of a model once, for any plan.
+
+    `apply --stats STATS` takes them instead of data. STATS is absent or whole at every moment.
+    """
+    from quantplan.cli.interrupt import stoppable
+    from quantplan.engine import collect as engine
+
+    with stoppable() as stop, show.phases(quiet) as advance:
+
+        def on_step(step: Step) -> None:
+            advance(step.phase, step.done, step.total, step.name)
+            stop.check("repeat the same command to start again")
+
+        made = engine.collect(model, plan, output, revision=revision, trust_remote_code=trust_remote_code, on_step=on_step)
+    if as_json:
+        show.document(made.as_dict())
+        return 0
+    for note in made.notes:
+        print(render(note), file=sys.stderr)
+    counted = f"{made.tokens:,} tokens, {made.inputs} inputs of {made.matrices} matrices in {made.blocks} blocks"
+    print(f"{made.out}: {counted}, {show.size(made.size)}")
     return 0
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from quantplan.calibration.read import CalibrationSet
     from quantplan.engine.calibrated import SolvedBlock
+    from quantplan.engine.collected import CollectedStatistics
     from quantplan.engine.solved import SolvedBlocks
 
 
@@ -91,7 +92,7 @@ def prepare(
     return resolve(loaded, read_checkpoint(model, revision)).require()
 
 
-def apply(
+def apply(  # noqa: PLR0913 - what a command line may say
     model: str | os.PathLike[str],
     plan: str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str],
@@ -101,9 +102,12 @@ def apply(
     workers: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    statistics: str | os.PathLike[str] | None = None,
     on_step: OnStep | None = None,
 ) -> Report:
     """Quantizes `model` as `plan` says into the directory `out`, which is absent or whole at every moment.
+
+    `statistics`: a folder that `collect` made, instead of calibration.
 
     `trust_remote_code`: calibration may run Python code that the checkpoint brings.
 
@@ -117,6 +121,7 @@ def apply(
     for transform in resolution.transforms:
         source = transform.stored(source)
     resolution = replace(resolution, checkpoint=source)
+    resolution, collected = _with_statistics(resolution, statistics)
     target = Path(out)
     check_target(target, source.require_path())
     with reading(source.source):
@@ -125,7 +130,9 @@ def apply(
         copied = side_files(source)
         begun = fingerprint(resolution, layout)
     check_environment(predicted, target)
-    data = _calibration_data(resolution, trust_remote_code, tell)
+    data = _calibration_data(resolution, trust_remote_code, tell) if collected is None else None
+    if collected is not None:
+        begun = {**begun, "calibration": collected.sha256}
     if data is not None:
         resolution = replace(resolution, problems=(*resolution.problems, *map(resolution.loaded.locate, data.notes)))
         begun = {**begun, "calibration": data.hash}
@@ -137,20 +144,12 @@ def apply(
         if not writer.already_published:
             solved = None
             if data is not None:
-                from quantplan.engine.calibrated import solve_blocks
                 from quantplan.engine.solved import SolvedBlocks
 
                 solved = SolvedBlocks(writer.staging / "calibration")
-                with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
-                    try:
-                        for block in blocks:
-                            tell(Step("calibrating", block.name, block.number, block.total, block))
-                    except QuantplanError:
-                        if not solved.done and not reused:  # the model was refused: another plan need not say --restart
-                            writer.forget()
-                        raise
-                resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved)))
-            with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved)) as steps:
+                _solve(resolution, data, reader, writer, solved, trust_remote_code, tell)
+                resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved.unseen)))
+            with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved, collected)) as steps:
                 for step in steps:
                     tell(step)
             changed = reader.changed | (solved.changed if solved is not None else frozenset())
@@ -160,7 +159,7 @@ def apply(
             with reading(source.source):
                 check_unchanged(begun, fingerprint(resolution, layout))
                 others = other_hashes({**documents, **config}, copied)
-            sha256 = data.hash if data is not None else UNKNOWN
+            sha256 = data.hash if data is not None else collected.data if collected is not None else UNKNOWN
             record = {NAME: provenance(resolution, layout, writer.hashes, others, sha256, changed)}
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
@@ -180,9 +179,42 @@ def reading_rewritten(resolution: Resolution, trust_remote_code: bool = False) -
         yield rewritten(resolution, plain, trust_remote_code)
 
 
-def unseen_experts(solved: SolvedBlocks) -> list[Problem]:
+def _with_statistics(
+    resolution: Resolution, statistics: str | os.PathLike[str] | None
+) -> tuple[Resolution, CollectedStatistics | None]:
+    """Statistics collected before, where the plan has a use for any, and the resolution with their settings and notes."""
+    if statistics is None or not resolution.takes_data:
+        return resolution, None
+    from quantplan.engine.collected import CollectedStatistics
+
+    collected = CollectedStatistics(statistics)
+    problems = (*resolution.problems, *unseen_experts(collected.check(resolution)))
+    return replace(resolution, problems=problems, collected=collected.settings), collected
+
+
+def _solve(
+    resolution: Resolution,
+    data: CalibrationSet,
+    reader: TensorReader,
+    writer: CheckpointWriter,
+    solved: SolvedBlocks,
+    trust_remote_code: bool,
+    tell: OnStep,
+) -> None:
+    from quantplan.engine.calibrated import solve_blocks
+
+    try:
+        with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
+            for block in blocks:
+                tell(Step("calibrating", block.name, block.number, block.total, block))
+    except QuantplanError:
+        if not solved.done and not writer.reused:  # the model was refused: another plan need not say --restart
+            writer.forget()
+        raise
+
+
+def unseen_experts(names: Sequence[str]) -> list[Problem]:
     """A note on the experts that no token of the data came to."""
-    names = [name for line in solved.done for name in line.get("unseen", ())]
     if not names:
         return []
     text = f"no token came to some experts, which were rounded without data, in {listing(names)}"
@@ -226,6 +258,7 @@ def write_units(
     writer: CheckpointWriter,
     workers: int | None,
     solved: SolvedBlocks | None = None,
+    collected: CollectedStatistics | None = None,
 ) -> Generator[Step, None, None]:
     """Writes every unit of files that are not done yet, yielding after each."""
     from quantplan.engine.stream import quantized
@@ -234,7 +267,7 @@ def write_units(
     todo = [u for f in layout.files if not writer.is_done(f.name) for u in f.units]
     total = sum(_share(u) for f in layout.files for u in f.units)
     done = total - sum(_share(u) for u in todo)
-    stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers, solved)
+    stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers, solved, collected)
     try:
         for unit in todo:
             if unit.kind == "quantize":

@@ -69,6 +69,11 @@ class SolvedBlocks:
         except (OSError, KeyError, TypeError):
             return False
 
+    @property
+    def unseen(self) -> list[str]:
+        """The experts that no token came to."""
+        return [name for line in self.done for name in line.get("unseen", ())]
+
     def __contains__(self, matrix: object) -> bool:
         return matrix in self._files
 

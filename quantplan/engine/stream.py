@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quantplan.algorithm import ALGORITHMS
 from quantplan.checkpoint.layout import Unit
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.errors import fail
@@ -25,6 +26,7 @@ from quantplan.tensor import QuantizedTensor, concatenate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantplan.engine.collected import CollectedStatistics
     from quantplan.engine.solved import SolvedBlocks
 
 PIECE = 1 << 19  # weights quantized at a time: their float32 copies stay in a core's cache
@@ -32,9 +34,14 @@ LOOKAHEAD = 2  # units in flight beyond one a worker
 
 
 def quantized(
-    units: Iterable[Unit], reader: TensorReader, workers: int | None = None, solved: SolvedBlocks | None = None
+    units: Iterable[Unit],
+    reader: TensorReader,
+    workers: int | None = None,
+    solved: SolvedBlocks | None = None,
+    collected: CollectedStatistics | None = None,
 ) -> Generator[tuple[Unit, QuantizedTensor], None, None]:
     """Each quantize-unit with its quantized matrix, in order; what calibration has `solved` is taken from there.
+    `collected`: for algorithms that need statistics; matrices that it has none of are rounded.
 
     Raises QP601 for NaN or infinity in a weight."""
     workers = workers or os.cpu_count() or 1
@@ -46,7 +53,7 @@ def quantized(
     pool = ThreadPoolExecutor(workers, "quantplan", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for unit in units:
-            pending.append((unit, pool.submit(_quantize, unit, reader, magnitudes, solved)))
+            pending.append((unit, pool.submit(_quantize, unit, reader, magnitudes, solved, collected)))
             if len(pending) >= workers + LOOKAHEAD:
                 first, future = pending.popleft()
                 yield first, future.result()
@@ -61,17 +68,28 @@ def quantized(
 
 
 @torch.no_grad()
-def _quantize(unit: Unit, reader: TensorReader, magnitudes: _Magnitudes, solved: SolvedBlocks | None) -> QuantizedTensor:
+def _quantize(
+    unit: Unit,
+    reader: TensorReader,
+    magnitudes: _Magnitudes,
+    solved: SolvedBlocks | None,
+    collected: CollectedStatistics | None,
+) -> QuantizedTensor:
     matrix, assignment = unit.matrix, unit.assignment
     assert matrix is not None and assignment is not None and assignment.wq is not None
     if solved is not None and matrix.name in solved:
         return solved.read(matrix.name, assignment.wq)
-    quantizer = assignment.wq.quantizer(matrix.name)
+    quantizer, algorithm = assignment.wq.quantizer(matrix.name), assignment.algorithm
+    statistics = collected.of(matrix) if collected is not None and algorithm.needs else None
+    if algorithm.needs and statistics is None:
+        algorithm = ALGORITHMS.get("rtn")()
     try:
         absmax = magnitudes.of(matrix) if assignment.wq.needs_absmax else None
         rows = _rows_at_once(matrix) if assignment.wq.splittable else matrix.rows
         return concatenate([
-            assignment.algorithm.solve(reader.read_rows(matrix, first, min(first + rows, matrix.rows)).float(), quantizer, absmax)
+            algorithm.solve(
+                reader.read_rows(matrix, first, min(first + rows, matrix.rows)).float(), quantizer, absmax, statistics
+            )
             for first in range(0, matrix.rows, rows)
         ])  # fmt: skip
     except NonFinite:

@@ -38,6 +38,7 @@ class Resolution:
     problems: tuple[Problem, ...] = ()
     matches: Mapping[int, int] = field(default_factory=dict)  # override -> how many modules it matches
     transforms: tuple[Transform, ...] = ()
+    collected: Calibration | None = None  # what statistics that were collected before were collected with
 
     @property
     def plan(self) -> Plan:
@@ -60,8 +61,9 @@ class Resolution:
 
     @property
     def calibration(self) -> Calibration:
-        """The plan's calibration settings; the defaults, text the model writes itself, where it has none."""
-        return self.plan.calibration or Calibration()
+        """The calibration settings: of statistics collected before, or the plan's; the defaults, text the model writes itself,
+        where it has none."""
+        return self.collected or self.plan.calibration or Calibration()
 
     @property
     def notes(self) -> list[Problem]:

@@ -1,0 +1,281 @@
+"""`calibrate` once, `apply --stats` with any plan: what is stored, what it is used for, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import zoo
+from checkpoints import tree
+from safetensors.torch import load_file, save_file
+from test_calibrated import IDS, OUTSIDE, decoded, fake_quantized, hooked, starve
+from typer.testing import CliRunner
+
+import quantplan
+from quantplan.algorithms.gptq import GPTQ
+from quantplan.cli.app import app
+from quantplan.engine import calibrated, collect
+from quantplan.engine.apply import Step, apply
+from quantplan.engine.collected import CollectedStatistics
+from quantplan.errors import QuantplanError
+from quantplan.models.modules import Matrix
+from quantplan.scheme import SCHEMES
+
+transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("collected")
+    save_file({"input_ids": IDS}, made / "ids.safetensors")
+    return made
+
+
+@pytest.fixture(scope="module")
+def stats(folder: Path) -> Path:
+    """Of the zoo's llama."""
+    collect.collect(zoo.build("llama", folder), settings(folder), folder / "stats")
+    return folder / "stats"
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    return {"calibration": {"source": str(folder / "ids.safetensors"), "samples": len(IDS), "skip_tokens": 0, **more}}
+
+
+def plan(wq: str = "int4", algorithm: Any = "gptq", **more: Any) -> dict[str, Any]:
+    return {
+        "default": {"wq": {"scheme": wq, "granularity": "channel"}, "algorithm": algorithm},
+        "overrides": [{"pattern": OUTSIDE, "algorithm": "rtn", "optional": True}],
+        **more,
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert", "llava"])
+def test_what_is_stored_is_what_hooks_see(folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collect, "fast_dtype", lambda: torch.float32)
+    path = zoo.build(name, folder)
+    made = collect.collect(path, settings(folder), tmp_path / "stats")
+    document = json.loads((tmp_path / "stats/statistics.json").read_text())
+    given, compared = hooked(path), 0
+    for input_, entry in document["inputs"].items():
+        tensors = load_file(tmp_path / "stats" / entry["file"])
+        for matrix in entry["matrices"]:
+            live = matrix.replace("language_model.model", "model.language_model")
+            x = given.get(matrix, given.get(live))
+            if x is None:
+                continue
+            scale = float(x.abs().max()) ** 2
+            torch.testing.assert_close(tensors[f"{input_}.hessian"].double(), x.t() @ x / len(x), rtol=1e-3, atol=1e-4 * scale)
+            torch.testing.assert_close(tensors[f"{input_}.absmax"].double(), x.abs().amax(0), rtol=1e-3, atol=1e-4)
+            assert int(tensors[f"{input_}.count"]) == entry["count"] == len(x)
+            compared += 1
+    assert compared == made.matrices and made.inputs < made.matrices and made.tokens == IDS.numel()
+    assert made.size == sum(p.stat().st_size for p in (tmp_path / "stats").iterdir())
+
+
+def test_siblings_share_one_input(stats: Path) -> None:
+    shared = [e["matrices"] for e in json.loads((stats / "statistics.json").read_text())["inputs"].values()]
+    assert [len(m) for m in shared] == [3, 1, 2, 1] * 3
+    found = CollectedStatistics(stats)
+    q, k, o = (found.of(Matrix(f"model.layers.1.self_attn.{n}_proj", "", 64, 64)) for n in "qko")
+    assert q is k and q is not o and q is not None and q.drift is None
+    assert found.of(Matrix("lm_head", "", 64, 64)) is None and "lm_head" not in found
+
+
+def test_any_plan_may_use_them(folder: Path, tmp_path: Path, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrated, "solve_blocks", None)  # no model is run
+    path, seen = zoo.build("llama", folder), []
+    real = GPTQ.solve
+
+    def solve(self: GPTQ, weight: Any, quantizer: Any, absmax: Any = None, statistics: Any = None) -> Any:
+        seen.append(statistics)
+        return real(self, weight, quantizer, absmax, statistics)
+
+    monkeypatch.setattr(GPTQ, "solve", solve)
+    for wq, algorithm in (
+        ("int4", "gptq"),
+        ("int3", {"name": "gptq", "damping": 0.1}),
+        ("int4", {"name": "rtn", "search": "imatrix"}),
+    ):
+        seen.clear()
+        out = tmp_path / f"{wq}-{len(str(algorithm))}"
+        report = apply(path, plan(wq, algorithm), out, statistics=stats)
+        assert all(s is not None and s.drift is None for s in seen) and len(seen) == (0 if "imatrix" in str(algorithm) else 21)
+        assert report.written == report.estimate.output_bytes
+        recorded = json.loads((out / "quantplan.json").read_text())["calibration"]
+        assert recorded["source"] == "ids.safetensors" and recorded["sha256"] == CollectedStatistics(stats).data
+        whole, loaded = fake_quantized(path, out, report), quantplan.load(out, dtype=torch.float32).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(IDS).logits, whole(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_matrices_are_solved_with_their_own_statistics(folder: Path, tmp_path: Path, stats: Path) -> None:
+    path, out = zoo.build("llama", folder), tmp_path / "out"
+    values = decoded(out, apply(path, plan("int3"), out, statistics=stats))
+    weights, found = load_file(path / "model.safetensors"), CollectedStatistics(stats)
+    quantizer = SCHEMES.get("int3")(granularity="channel").quantizer()
+    for name in ("model.layers.2.mlp.down_proj", "model.layers.0.self_attn.v_proj"):
+        weight = weights[f"{name}.weight"]
+        statistics = found.of(Matrix(name, "", *weight.shape))
+        assert torch.equal(values[name], quantizer.dequantize(GPTQ().solve(weight, quantizer, None, statistics)))
+
+
+def test_the_bytes_do_not_depend_on_workers_and_runs_resume(folder: Path, tmp_path: Path, stats: Path) -> None:
+    path = zoo.build("llama", folder)
+    sharded = plan(output={"shard_size": 40_000})
+    for workers in (1, 4):
+        apply(path, sharded, tmp_path / f"out{workers}", statistics=stats, workers=workers)
+    reference = tree(tmp_path / "out1")
+    assert tree(tmp_path / "out4") == reference
+    steps: list[Step] = []
+
+    def stop(step: Step) -> None:
+        steps.append(step)
+        if len(steps) == 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        apply(path, sharded, tmp_path / "out", statistics=stats, on_step=stop)
+    with pytest.raises(QuantplanError, match=r"QP502 .*calibration"):
+        other = tmp_path / "other"
+        collect.collect(path, settings(folder, samples=2), other)
+        apply(path, sharded, tmp_path / "out", statistics=other)
+    assert apply(path, sharded, tmp_path / "out", statistics=stats).reused_files
+    assert tree(tmp_path / "out") == reference
+
+
+def test_a_plan_that_needs_no_data_ignores_them(folder: Path, tmp_path: Path) -> None:
+    apply(zoo.build("llama", folder), plan(algorithm="rtn"), tmp_path / "out", statistics=tmp_path / "nothing")
+    assert (tmp_path / "out").exists()
+
+
+def test_experts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starve(monkeypatch, 1)
+    path = zoo.build("mixtral", folder)
+    made = collect.collect(path, settings(folder), tmp_path / "stats")
+    report = apply(path, plan(), tmp_path / "out", statistics=tmp_path / "stats")
+    (note,) = [p for p in report.resolution.notes if p.code == "QP605"]
+    assert "9 modules" in note.message and ".experts.1." in note.message
+    every = collect.collect(path, settings(folder, all_experts=True), tmp_path / "every")
+    assert every.matrices == made.matrices + 9
+    document = json.loads((tmp_path / "every/statistics.json").read_text())
+    assert {e["count"] for n, e in document["inputs"].items() if ".experts." in n} == {IDS.numel()}
+    assert not apply(path, plan(), tmp_path / "out2", statistics=tmp_path / "every").resolution.notes
+
+
+# refusals
+
+
+def refused(code: str, path: Path, plan: Any, out: Path, stats: Path) -> str:
+    with pytest.raises(QuantplanError, match=code) as caught:
+        apply(path, plan, out, statistics=stats)
+    assert caught.value.problems[0].help and not out.exists()
+    return str(caught.value)
+
+
+def test_statistics_of_another_model(folder: Path, tmp_path: Path, stats: Path) -> None:
+    assert "'llama'" in refused("QP235", zoo.build("mistral", folder), plan(), tmp_path / "out", stats)
+    copy = tmp_path / "tuned"  # the same headers
+    shutil.copytree(zoo.build("llama", folder), copy)
+    tensors = load_file(copy / "model.safetensors")
+    save_file({n: t * 1.001 for n, t in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
+    refused("QP235", copy, plan(), tmp_path / "out", stats)
+    copied = shutil.copytree(zoo.build("llama", folder), tmp_path / "elsewhere")
+    apply(copied, plan(), tmp_path / "out", statistics=stats)
+
+
+@pytest.mark.parametrize("harm", ["gone", "rubbish", "other", "bit", "block gone", "a path"])
+def test_statistics_that_cannot_be_read(folder: Path, tmp_path: Path, stats: Path, harm: str) -> None:
+    copy = Path(shutil.copytree(stats, tmp_path / "stats"))
+    document, block = copy / "statistics.json", copy / "block-00001.safetensors"
+    if harm == "gone":
+        document.unlink()
+    elif harm == "rubbish":
+        document.write_text("{")
+    elif harm == "other":
+        document.write_text(json.dumps({"quantplan_statistics": 2}))
+    elif harm == "bit":
+        data = block.read_bytes()
+        block.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif harm == "block gone":
+        block.unlink()
+    else:
+        document.write_text(document.read_text().replace("block-00001.safetensors", "../x.safetensors"))
+    refused("QP234", zoo.build("llama", folder), plan(), tmp_path / "out", copy)
+
+
+def test_what_statistics_cannot_serve(folder: Path, tmp_path: Path, stats: Path) -> None:
+    path = zoo.build("llama", folder)
+    smooth = plan("int8", transforms=["smoothquant"])
+    smooth["default"]["aq"] = "int8"
+    assert "smoothquant" in refused("QP236", path, smooth, tmp_path / "out", stats)
+    static = plan()
+    static["default"]["aq"] = {"scheme": "fp8", "dynamic": False}
+    static["default"]["wq"] = "fp8"
+    assert "static" in refused("QP236", path, static, tmp_path / "out", stats)
+
+
+def test_a_matrix_outside_of_the_blocks(folder: Path, tmp_path: Path) -> None:
+    path = zoo.build("bert", folder)
+    collect.collect(path, settings(folder), tmp_path / "stats")
+    assert "cls.predictions" in refused("QP605", path, {**plan(), "overrides": []}, tmp_path / "out", tmp_path / "stats")
+
+
+def test_the_folder_is_absent_or_whole(folder: Path, tmp_path: Path, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = zoo.build("llama", folder), tmp_path / "made" / "stats"
+
+    def stop(step: Step) -> None:
+        if step.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect.collect(path, settings(folder), out, on_step=stop)
+    assert os.listdir(out.parent) == []
+    (out.parent / ".stats.quantplan").mkdir()  # left by a kill
+    (out.parent / ".stats.quantplan/block-00007.safetensors").write_text("old")
+    collect.collect(path, settings(folder), out)
+    assert os.listdir(out.parent) == ["stats"]
+    assert tree(out) == tree(stats)
+    with pytest.raises(QuantplanError, match="QP503"):
+        collect.collect(path, settings(folder), out)
+    with pytest.raises(QuantplanError, match="QP503"):
+        collect.collect(path, settings(folder), path / "stats")
+    assert tree(out) == tree(stats)
+
+
+# the command line
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_commands(folder: Path, tmp_path: Path, stats: Path) -> None:
+    path, file = zoo.build("llama", folder), tmp_path / "plan.json"
+    file.write_text(json.dumps({**plan(), **settings(folder)}))
+    made = run("calibrate", path, file, "-o", tmp_path / "stats", "--json", "-q")
+    assert made.exit_code == 0, made.output
+    shown = json.loads(made.stdout)
+    assert (shown["blocks"], shown["inputs"], shown["matrices"], shown["tokens"]) == (3, 12, 21, IDS.numel())
+    assert tree(tmp_path / "stats") == tree(stats)
+    applied = run("apply", path, file, "-o", tmp_path / "out", "--stats", tmp_path / "stats", "-q")
+    assert applied.exit_code == 0, applied.output
+    apply(path, file, tmp_path / "direct", statistics=stats)
+    assert tree(tmp_path / "out") == tree(tmp_path / "direct")
+    text = run("calibrate", path, file, "-o", tmp_path / "again", "-q")
+    assert "144 tokens, 12 inputs of 21 matrices in 3 blocks" in text.stdout
