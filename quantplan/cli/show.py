@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantplan.errors import fail
+from quantplan.errors import QuantplanError, fail
 
 NUMBER = re.compile(r"[+−-]?[\d.,]*( ?(B|kB|MB|GB|TB|s|%))?")
 
@@ -87,16 +87,24 @@ def event_log(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]
         yield lambda event: None
         return
     started = time.monotonic()
-    try:
-        with open(path, "a", encoding="utf-8") as file:
 
-            def record(event: Mapping[str, Any]) -> None:
+    def refused(error: OSError) -> QuantplanError:
+        return fail("QP402", f"cannot be written: {error.strerror}", file=str(path))
+
+    try:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - errors of the run inside are not the log's
+    except OSError as error:
+        raise refused(error) from error
+    with file:
+
+        def record(event: Mapping[str, Any]) -> None:
+            try:
                 file.write(json.dumps({"time": round(time.monotonic() - started, 3), **event}) + "\n")
                 file.flush()
+            except OSError as error:
+                raise refused(error) from error
 
-            yield record
-    except OSError as error:
-        raise fail("QP402", f"cannot be written: {error.strerror}", file=str(path)) from error
+        yield record
 
 
 def _bar(label: str, in_bytes: bool) -> Iterator[Advance]:
