@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from quantplan.assignment import Assignment
+from quantplan.kv_cache import KVCache
 from quantplan.models.modules import SIBLINGS
 from quantplan.scheme import BLOCK, SchemeConfig
 
@@ -16,7 +17,8 @@ W4AFP8_GROUP = 128  # the one group size of vLLM's int4 weights with fp8 activat
 @dataclass(frozen=True)
 class Engine:
     """An engine: the formats it opens, whether it fuses sibling layers, why it cannot run an assignment (or None), what to
-    know about one it can, and whether it reads all experts of a model with the scheme of the first."""
+    know about one it can, whether it reads all experts of a model with the scheme of the first, and why it cannot run a key-value
+    cache."""
 
     name: str
     formats: tuple[str, ...]
@@ -24,6 +26,7 @@ class Engine:
     refuse: Callable[[Assignment, str], Refusal]
     remark: Callable[[Assignment, str], Refusal] = lambda assignment, dtype: None
     one_scheme_for_experts: bool = False
+    refuse_cache: Callable[[KVCache], Refusal] = lambda cache: None
 
 
 def _integer_asymmetric(a: Assignment) -> bool:
@@ -104,6 +107,10 @@ def _vllm_integer_activations(wq: SchemeConfig, aq: SchemeConfig) -> Refusal:
     return None if plain or aq.symmetric_grid else "activations with a zero point need symmetric int8 weights per channel"
 
 
+def _vllm_cache(cache: KVCache) -> Refusal:
+    return None if cache.scheme.name == "fp8" else f"key-value caches are fp8 there, not {cache.scheme.name}"
+
+
 def _fused_blocks(a: Assignment) -> Refusal:
     """Blocks must not straddle the matrices of a fused layer. The last of them may end anywhere, but not in experts."""
     part, rows = a.matrices[0].name.rpartition(".")[2], a.matrices[0].rows
@@ -163,7 +170,7 @@ ENGINES: Mapping[str, Engine] = {
     e.name: e
     for e in (
         Engine("transformers", ("compressed-tensors", "quantplan"), False, _transformers, _transformers_remark, True),
-        Engine("vllm", ("compressed-tensors",), True, _vllm, _vllm_remark),
-        Engine("vllm-cpu", ("compressed-tensors",), True, _vllm_cpu, _vllm_cpu_remark),
+        Engine("vllm", ("compressed-tensors",), True, _vllm, _vllm_remark, refuse_cache=_vllm_cache),
+        Engine("vllm-cpu", ("compressed-tensors",), True, _vllm_cpu, _vllm_cpu_remark, refuse_cache=_vllm_cache),
     )
 }

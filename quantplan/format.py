@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantplan.assignment import Assignment
+from quantplan.kv_cache import KVCache
 from quantplan.models.modules import Matrix
 from quantplan.registry import Registry
 from quantplan.scheme import Layout, Params, SchemeConfig
@@ -55,9 +56,13 @@ class Format(ABC):
         """The inverse of `encode_inputs`; empty for dynamic activations."""
         return {} if aq is None else {n: read(f"{matrix.name}.input_{n}") for n in aq.static_layout()}
 
+    def refuse_cache(self, cache: KVCache) -> str | None:
+        """Why the format cannot hold the scales of a key-value cache; None when it can."""
+        return "it has no scales of a key-value cache"
+
     @abstractmethod
-    def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
-        """The `quantization_config` of config.json."""
+    def config(self, assignments: Sequence[Assignment], cache: KVCache | None = None) -> Mapping[str, Any]:
+        """The `quantization_config` of config.json. `cache`: the key-value cache, where it is quantized."""
 
 
 FORMATS: Registry[Format] = Registry("format", "formats")

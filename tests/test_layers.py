@@ -37,6 +37,7 @@ ORDER = (
     ),
     *(
         "algorithms",
+        "kv_cache",
         "assignment",
         "transform",
         "transforms",

@@ -17,6 +17,7 @@ from quantplan.errors import fail, printable
 from quantplan.format import FORMATS, Format
 from quantplan.headers import DTYPE_BITS, FLOAT_DTYPES, INDEX, TensorInfo
 from quantplan.models.modules import Matrix
+from quantplan.plan.kv_cache import projections
 from quantplan.plan.resolve import Resolution
 from quantplan.scheme import SAFETENSORS_DTYPES
 
@@ -25,7 +26,8 @@ METADATA = {"format": "pt"}  # one key only: with two, safetensors' own writer g
 
 @dataclass(frozen=True)
 class Unit:
-    """What is read and written in one go: a tensor copied or cast, or a matrix quantized. `outputs` are its tensors."""
+    """What is read and written in one go: a tensor copied or cast, or a matrix quantized. `outputs` are its tensors,
+    with the scales of the key-value cache that belong to it last."""
 
     kind: Literal["copy", "cast", "quantize"]
     source: TensorInfo
@@ -115,6 +117,7 @@ def output_layout(resolution: Resolution) -> OutputLayout:
 
 
 def _units(resolution: Resolution, output: Format) -> Iterator[Unit]:
+    scales = _cache_scales(resolution)
     treated = {a.module.tensor.name: a for a in resolution.assignments.values() if a.wq is not None}
     wanted = SAFETENSORS_DTYPES.get(resolution.plan.output.dtype or "")
     for tensor in sorted(resolution.checkpoint.tensors.values(), key=lambda t: (t.file, t.start, t.name)):
@@ -122,13 +125,25 @@ def _units(resolution: Resolution, output: Format) -> Iterator[Unit]:
         if assignment is None:
             cast = wanted and tensor.dtype in FLOAT_DTYPES and tensor.dtype != wanted
             out = TensorInfo(tensor.name, wanted if cast and wanted else tensor.dtype, tensor.shape)
-            yield Unit("cast" if cast else "copy", tensor, (out,))
+            yield Unit("cast" if cast else "copy", tensor, (out, *scales.get(tensor.name, ())))
             continue
         assert assignment.wq is not None
-        for matrix in assignment.matrices:
+        for i, matrix in enumerate(assignment.matrices):
             layout = output.layout(matrix, assignment.wq, assignment.aq)
             outputs = tuple(TensorInfo(name, dtype, shape) for name, (dtype, shape) in layout.items())
+            outputs += () if i else scales.get(tensor.name, ())
             yield Unit("quantize", tensor, outputs, matrix, assignment)
+
+
+def _cache_scales(resolution: Resolution) -> dict[str, tuple[TensorInfo, ...]]:
+    """Source tensor -> the scales of the key-value cache that are written with it: those of what it projects to."""
+    found: dict[str, tuple[TensorInfo, ...]] = {}
+    cache = resolution.kv_cache
+    if cache is not None:
+        for name, module, scales in projections({a.name: a.module for a in resolution.assignments.values()}):
+            layout = cache.layout(name)
+            found[module.tensor.name] = tuple(TensorInfo(f"{name}.{s}", *layout[f"{name}.{s}"]) for s in scales)
+    return found
 
 
 def _refuse_twice(units: Sequence[Unit]) -> None:

@@ -92,6 +92,7 @@ def provenance(
     named = dict(others) if isinstance(others, Mapping) else dict.fromkeys(others, UNKNOWN)
     header = {f.name: _sha256(f.header) for f in layout.files}
     calibration = {"calibration": {**_settings(resolution), "sha256": data}} if resolution.takes_data else {}
+    cache = {} if resolution.kv_cache is None else {"kv_cache": resolution.kv_cache.as_dict()}
     return json_bytes({
         "quantplan": 1,
         "plan": json.loads(resolution.loaded.canonical()),
@@ -99,6 +100,7 @@ def provenance(
         "source": source_of(resolution.checkpoint),
         "versions": versions(),
         "treatments": treatments(resolution.assignments),
+        **cache,
         **calibration,
         **_transforms(resolution, layout, frozenset(changed)),
         "files": {f.name: {"size": f.size, "header_sha256": header[f.name]} for f in layout.files},

@@ -76,7 +76,7 @@ def output_config(resolution: Resolution) -> bytes:
             if key in config or key == "dtype":
                 config[key] = plan.output.dtype
     output = FORMATS.get(plan.output.format)()
-    config["quantization_config"] = dict(output.config(list(resolution.assignments.values())))
+    config["quantization_config"] = dict(output.config(list(resolution.assignments.values()), resolution.kv_cache))
     return json_bytes(config)
 
 

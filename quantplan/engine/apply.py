@@ -267,6 +267,7 @@ def write_units(
     todo = [u for f in layout.files if not writer.is_done(f.name) for u in f.units]
     total = sum(_share(u) for f in layout.files for u in f.units)
     done = total - sum(_share(u) for u in todo)
+    cached = frozenset(resolution.kv_cache.modules if resolution.kv_cache is not None else ())
     stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers, solved, collected)
     try:
         for unit in todo:
@@ -277,13 +278,18 @@ def write_units(
                 if solved is not None and unit.assignment.observer is not None:
                     encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
                 for info in unit.outputs:
-                    writer.write(info, _bytes(encoded[info.name]))
+                    if info.name in encoded:
+                        writer.write(info, _bytes(encoded[info.name]))
             elif (replacement := solved.replacement(unit.source.name) if solved is not None else None) is not None:
                 writer.write(unit.outputs[0], _bytes(_cast(replacement, unit)))
             elif unit.kind == "cast" or unit.source.name in reader.changed:
                 writer.write(unit.outputs[0], _bytes(_cast(reader.read(unit.source.name), unit)))
             else:
                 writer.write_chunks(unit.outputs[0], _chunks(reader, unit))
+            for info in unit.outputs:
+                module, _, scale = info.name.rpartition(".")
+                if module in cached and solved is not None:
+                    writer.write(info, _bytes(solved.inputs(module)[scale]))
             done += _share(unit)
             yield Step("quantizing", unit.name, done, total)
     finally:

@@ -28,7 +28,9 @@ from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.engine.tuning import TunedBlock
 from quantplan.errors import fail
+from quantplan.kv_cache import SCALES
 from quantplan.live.blocks import find_blocks
+from quantplan.live.cache import CACHE, SeenCache, takes_cache
 from quantplan.live.experts import every_token_to_every_expert, routed_experts
 from quantplan.live.forward import Call, Forward
 from quantplan.live.skeleton import skeleton
@@ -36,6 +38,7 @@ from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
 from quantplan.models.modules import Matrix, scale_group
 from quantplan.observer import ObserverConfig
+from quantplan.plan.kv_cache import projections
 from quantplan.plan.resolve import Resolution
 from quantplan.scheme import NonFinite, Params, SchemeConfig
 from quantplan.statistics import Statistics
@@ -115,6 +118,16 @@ class _Run:
         treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
         self.correcting = Correcting(resolution.transforms, (job.matrix for job in self.jobs.values()), self.weights)
         self.scaling = Scaling(resolution.transforms, treated, self.weights, self.stacks, self.forward, reader, dtype)
+        self.cache, self.attentions = resolution.kv_cache, self._attentions(resolution)
+
+    def _attentions(self, resolution: Resolution) -> dict[str, str]:
+        """Attention modules that fill the key-value cache, as the model calls them -> as the checkpoint does."""
+        modules = {a.name: a.module for a in resolution.assignments.values()} if resolution.kv_cache is not None else {}
+        found = {}
+        for name, module, _ in projections(modules):
+            for place in self.weights.place_of(module.matrices[0]):
+                found[place.module.rpartition(".")[0]] = name
+        return found
 
     def _check_places(self, resolution: Resolution) -> None:
         """Raises QP224 for an assignment that needs data and lies outside of the blocks."""
@@ -223,6 +236,10 @@ class _Block:
             self.module = run.model.get_submodule(self.name)
             self.changed = run.scaling(self.name, partial(self._watch, hidden))
             original = copy.deepcopy(self.module) if exact else self.module
+            self.attentions = {k: v for k, v in run.attentions.items() if k.startswith(f"{self.name}.")}
+            if len(self.attentions) > 1:
+                text = f"'{self.name}' has several attentions, whose keys and values cannot be told apart"
+                raise fail("QP224", text, "leave kv_cache out")
             self.inside = {k: v for k, v in run.weights.matrices_at().items() if k[0].startswith(f"{self.name}.")}
             runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
             self.first = len(runs)
@@ -249,6 +266,14 @@ class _Block:
 
     def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
         def forward(wait: Wait[Tensor]) -> Tensor:
+            asked = call
+            for attention in self.attentions if takes_cache(module) else ():
+
+                def cached(scale: str, states: Tensor, at: str = attention) -> Tensor:
+                    return wait((f"{at}.{scale}", None), states)
+
+                asked = replace(call, options={**call.options, CACHE: SeenCache(None, cached)})
+
             def seen(name: str, index: int | None, inputs: Tensor) -> Tensor | None:
                 if (name, index) not in self.inside:
                     return None
@@ -257,7 +282,7 @@ class _Block:
 
             everywhere = every_token_to_every_expert(module) if self.run.all_experts else contextlib.nullcontext()
             with torch.no_grad(), _compute(), watching(module, seen, self.name), everywhere:
-                return call(module, hidden).float()
+                return asked(module, hidden).float()
 
         return forward
 
@@ -269,6 +294,9 @@ class _Block:
         return place, -1 if index is None else index, self._places.setdefault(name, len(self._places))
 
     def _meet(self, point: Any, inputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        module, _, scale = point[0].rpartition(".")
+        if module in self.attentions and scale in SCALES:
+            return self._cached(self.attentions[module], scale, inputs)
         names = [n for n in self.inside[point] if n in self.run.jobs]
         if not names:
             return inputs
@@ -282,6 +310,19 @@ class _Block:
             if met.params:
                 self.ranges[name] = met.params
         return met.rounded
+
+    def _cached(self, module: str, scale: str, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        """Keys or values of all batches `[batch, heads, tokens, features]`, as they come out of the cache."""
+        cache = self.run.cache
+        assert cache is not None
+        quantized = {i: x for i, x in states.items() if i >= self.first}
+        try:
+            counted = [self._counted(x.transpose(1, 2).flatten(0, 1), i - self.first) for i, x in quantized.items()]
+            found = cache.find_scale(counted)
+        except NonFinite:
+            raise fail("QP601", "NaN or infinity in keys or values", "leave kv_cache out", tensor=f"{module}.{scale}") from None
+        self.ranges.setdefault(module, {})[scale] = found
+        return {**states, **{i: cache.rounded(x, found) for i, x in quantized.items()}}
 
     def _inputs(self, given: Mapping[int, Tensor], name: str) -> _Inputs:
         """What came to one point, rounded as the assignment of the matrix there says: weights are fitted to inputs as they will
@@ -397,7 +438,10 @@ class _Block:
             return [call(self.module, state).float() for call, state in zip(self.calls, hidden, strict=True)]
 
     def _solve_unseen(self) -> None:
-        """What no token came to. Raises QP605 for a matrix that every token should have come to."""
+        """What no token came to. Raises QP605 for a matrix, or a cache, that every token should have come to."""
+        for name in self.attentions.values():
+            if len(self.ranges.get(name, ())) < len(SCALES):
+                raise fail("QP605", f"'{name}' puts no keys and values into a cache when it runs", "leave kv_cache out")
         for (parameter, index), names in self.inside.items():
             for name in names:
                 job = self.run.jobs.get(name)

@@ -85,7 +85,8 @@ class SolvedBlocks:
         return QuantizedTensor(parts.pop("codes"), parts, scheme)
 
     def inputs(self, matrix: str) -> Params:
-        """What was found for the static activations of one solved matrix; empty where they are dynamic or none."""
+        """What was found for the static activations of one solved matrix, or for the cache of one attention module; empty where
+        they are dynamic or none."""
         with safe_open(self.folder / self._files[matrix], "pt") as file:
             names = [n for n in file.keys() if n.rpartition("/")[0] == f"{matrix}/input"]  # noqa: SIM118
             return {n.rpartition("/")[2]: file.get_tensor(n) for n in names}
@@ -128,7 +129,8 @@ class SolvedBlocks:
         with durable.named_errors(self.folder):
             digest = self._save(file, tensors, sync=True)
             following = self._save(_states(number + 1), states, sync=False)
-            line = {**facts, "file": file, "sha256": digest, "states": following, "matrices": sorted(solved)}
+            line = {**facts, "file": file, "sha256": digest, "states": following}
+            line |= {"matrices": sorted(solved), "inputs": sorted(inputs)}
             with open(self.folder / JOURNAL, "a", encoding="utf-8") as journal:
                 journal.write(json.dumps(line) + "\n")
                 journal.flush()
@@ -138,7 +140,7 @@ class SolvedBlocks:
 
     def _know(self, line: dict[str, Any]) -> None:
         self.done.append(line)
-        self._files |= dict.fromkeys(line["matrices"], line["file"])
+        self._files |= dict.fromkeys([*line["matrices"], *line.get("inputs", ())], line["file"])
         for name, kept in line["changed"].items():
             self._changed[name] = line["file"] if kept else ""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantplan.assignment import Assignment
 from quantplan.format import FORMATS, Format
+from quantplan.kv_cache import KVCache
 from quantplan.models.modules import Matrix
 from quantplan.scheme import BLOCK, Layout, Params, SchemeConfig
 
@@ -167,7 +168,10 @@ class CompressedTensors(Format):
         found = super().decode_inputs(matrix, aq, read)
         return {n: p.view(torch.uint8) ^ 128 if n == "zero_point" else p for n, p in found.items()}
 
-    def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
+    def refuse_cache(self, cache: KVCache) -> str | None:
+        return None
+
+    def config(self, assignments: Sequence[Assignment], cache: KVCache | None = None) -> Mapping[str, Any]:
         groups: dict[str, list[str]] = {}  # what readers are told -> modules: options they never see split no group
         ignored: list[str] = []
         for a in assignments:
@@ -179,13 +183,13 @@ class CompressedTensors(Format):
             ignored.append("lm_head")  # tied: not stored, but a Linear when loaded
         everything = [name for names in groups.values() for name in names] + ignored
         described = [{"targets": _targets(names, everything), **json.loads(group)} for group, names in groups.items()]
-        kinds = {group["format"] for group in described}
+        kinds = {group["format"] for group in described} or {"dense"}
         return {
             "quant_method": "compressed-tensors",
             "format": kinds.pop() if len(kinds) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "global_compression_ratio": None,
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": None if cache is None else _cache_arguments(cache),
             "ignore": _targets(ignored, everything),
             "config_groups": {f"group_{i}": group for i, group in enumerate(described)},
         }
@@ -264,6 +268,11 @@ def _arguments(wq: SchemeConfig) -> dict[str, Any]:
     elif wq.name.startswith("mx"):
         arguments |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
     return arguments
+
+
+def _cache_arguments(cache: KVCache) -> dict[str, Any]:
+    """`QuantizationArgs` of keys and values."""
+    return _arguments(cache.scheme) | {"strategy": "tensor" if cache.heads is None else "attn_head"}
 
 
 def _activation_arguments(aq: SchemeConfig) -> dict[str, Any]:

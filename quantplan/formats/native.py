@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantplan.assignment import Assignment
 from quantplan.format import FORMATS, Format
+from quantplan.kv_cache import KVCache
 from quantplan.models.modules import Matrix
 from quantplan.scheme import Layout, SchemeConfig
 
@@ -64,7 +65,10 @@ class Native(Format):
         params = {n: read(f"{matrix.name}.weight_{n}") for n in wq.param_layout(matrix.rows, matrix.columns)}
         return QuantizedTensor(codes, params, wq)
 
-    def config(self, assignments: Sequence[Assignment]) -> Mapping[str, Any]:
+    def refuse_cache(self, cache: KVCache) -> str | None:
+        return None
+
+    def config(self, assignments: Sequence[Assignment], cache: KVCache | None = None) -> Mapping[str, Any]:
         groups: dict[tuple[SchemeConfig, SchemeConfig | None], list[str]] = {}
         for a in assignments:
             if a.wq is not None:
@@ -80,6 +84,7 @@ class Native(Format):
                 }
                 for (wq, aq), names in groups.items()
             ],
+            **({} if cache is None else {"kv_cache": cache.as_dict()}),
         }
 
 

@@ -63,6 +63,19 @@ def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def find_attentions(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Attention module as the checkpoint names it -> as the model does. `model` may be on meta. Raises QP222 for one that is not
+    there."""
+    renamed, modules = _Renamed(model, get_model_conversion_mapping(model)), dict(model.named_modules())
+    found = {}
+    for name in names:
+        place = renamed(f"{name}.k_proj")[0].rpartition(".")[0].rpartition(".")[0]
+        if place not in modules:
+            raise fail("QP222", f"the model has no attention '{name}', whose cache is quantized", "copy the checkpoint again")
+        found[name] = place
+    return found
+
+
 def decoding_conversions(conversions: list[Any], model: Any, treatments: Treatments) -> list[Any]:
     """`conversions`, changed so that the matrices `treatments` names arrive dequantized. Matrices without a place in the
     model are left to transformers, which reports them. Raises QP222 for what cannot be decoded on the way."""

@@ -14,6 +14,7 @@ from quantplan.errors import fail
 from quantplan.format import FORMATS
 from quantplan.headers import read_checkpoint, read_config
 from quantplan.hf.plugin import QuantplanConfig
+from quantplan.kv_cache import SCALES
 from quantplan.live.skeleton import model_class
 from quantplan.models.modules import EXPERT_PARTS, Matrix
 from quantplan.scheme import SchemeConfig
@@ -38,7 +39,8 @@ def load(out: str | os.PathLike[str], **options: Any) -> Any:
     elif method not in ("quantplan", None):
         raise fail("QP222", f"quantized by '{method}'", "open it with transformers' from_pretrained", file=str(folder))
     model, found = model_class(config).from_pretrained(place, output_loading_info=True, **options)
-    lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith(("weight_", "input_")))
+    made_here = ("weight_", "input_", *SCALES)
+    lost = sorted(name for name in found["missing_keys"] if name.rpartition(".")[2].startswith(made_here))
     if lost:
         raise fail("QP221", "tensor is missing", "copy the checkpoint again", file=str(folder), tensor=lost[0])
     return model
@@ -68,7 +70,7 @@ def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
         state |= {name: reader.read(name) for name in written.tensors if name not in used}
     remote = {key: options[key] for key in ("trust_remote_code",) if key in options}
     config = options.get("config") or transformers.AutoConfig.from_pretrained(folder, **remote)
-    config.quantization_config = QuantplanConfig(groups).to_dict()
+    config.quantization_config = QuantplanConfig(groups, kv_cache=record.get("kv_cache")).to_dict()
     arguments: dict[str, Any] = {"config": config, "state_dict": state}
     if (folder / "generation_config.json").exists():
         arguments["generation_config"] = transformers.GenerationConfig.from_pretrained(folder)

@@ -19,6 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantplan.errors import fail
+from quantplan.kv_cache import SCALES, KVCache
+from quantplan.live.cache import round_cache
 from quantplan.nn.linear import QuantLinear
 from quantplan.scheme import SCHEMES, SchemeConfig
 
@@ -40,7 +42,13 @@ class Treatments(dict[str, Treatment]):
 class QuantplanConfig(QuantizationConfigMixin):
     """The `quantization_config` of a native checkpoint. Raises QP222 for one of a later version."""
 
-    def __init__(self, groups: list[dict[str, Any]] | None = None, version: int = VERSION, **others: Any) -> None:
+    def __init__(
+        self,
+        groups: list[dict[str, Any]] | None = None,
+        version: int = VERSION,
+        kv_cache: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
         unknown = others.keys() - {"quant_method"}
         if version != VERSION or unknown:
             what = f"has the unknown key '{min(unknown)}'" if unknown else f"is of version {version}"
@@ -48,6 +56,18 @@ class QuantplanConfig(QuantizationConfigMixin):
         self.quant_method = "quantplan"  # type: ignore[assignment]  # transformers' own methods are an enum
         self.version = version
         self.groups = groups or []
+        if kv_cache is not None:
+            self.kv_cache = kv_cache
+
+    def cache(self) -> KVCache | None:
+        """The quantized key-value cache. Raises QP107 for an unknown scheme, QP222 for unknown options."""
+        if not hasattr(self, "kv_cache"):
+            return None
+        try:
+            return KVCache.from_dict(self.kv_cache)
+        except (ValidationError, KeyError) as error:
+            text = f"the quantization_config has a kv_cache this quantplan cannot read ({type(error).__name__})"
+            raise fail("QP222", text, ASK_TO_UPGRADE) from None
 
     def treatments(self) -> Treatments:
         """Every stored matrix with its schemes. Raises QP107 for an unknown scheme, QP222 for unknown options."""
@@ -85,6 +105,7 @@ class QuantplanQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantplanConfig, **options: Any) -> None:
         super().__init__(quantization_config, **options)
         self._treatments = quantization_config.treatments()
+        self._cache = quantization_config.cache()
         self._dense: set[str] = set()  # stored matrices that are dequantized while they are loaded
 
     def validate_environment(self, *arguments: Any, **options: Any) -> None:
@@ -94,7 +115,7 @@ class QuantplanQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **options: Any) -> Any:
         """Replaces modules, in place; `model` is on the meta device."""
-        from quantplan.hf.convert import find_places
+        from quantplan.hf.convert import find_attentions, find_places
 
         self._dense = set(self._treatments)
         for stored, module_name in find_places(model, self._treatments).items():
@@ -111,6 +132,9 @@ class QuantplanQuantizer(HfQuantizer):
             )
             model.set_submodule(module_name, made)
             self._dense.discard(stored)
+        if self._cache is not None:
+            for module in find_attentions(model, self._cache.modules).values():
+                round_cache(model.get_submodule(module), self._cache, "meta")
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -126,6 +150,7 @@ class QuantplanQuantizer(HfQuantizer):
 
         module, _, part = converter.source_patterns[0].rpartition(".")
         as_it_is = isinstance(converter, StoredMatrices) or (module in self._treatments and part not in ("weight", "bias"))
+        as_it_is = as_it_is or (self._cache is not None and module in self._cache.modules and part in SCALES)
         return None if as_it_is else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:

@@ -39,6 +39,8 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
     checkpoint = _inventory(model)
     resolution = resolve(load_plan(plan), checkpoint, _live_modules(model, checkpoint)).require()
     _check_assignments(model, resolution.quantized)
+    if resolution.kv_cache is not None:
+        raise fail("QP222", "scales of the key-value cache take calibration, and in memory there is none", "use quantplan.apply")
     largest = _largest_magnitudes(model, resolution.quantized)
     holders = _holders(model)
     for assignment in resolution.quantized:

@@ -52,7 +52,9 @@ def plan_schema() -> dict[str, Any]:
     top["calibration"]["anyOf"].insert(0, calibration)
     listed = {"anyOf": [{"enum": TRANSFORMS.names()}, *(_object(member, "name", {}) for member in TRANSFORMS)]}
     top["transforms"] = {"type": "array", "items": listed, "default": [], "description": top["transforms"]["description"]}
-    top["kv_cache"] = {**NULL, "description": f"{top['kv_cache']['description']} (not available yet)"}
+    cache = schema["$defs"]["KeyValueCache"]["properties"]
+    cache["observer"] = {"anyOf": [{"$ref": "#/$defs/Observer"}, NULL], "description": cache["observer"]["description"]}
+    top["kv_cache"]["anyOf"].insert(0, {"enum": cache["scheme"]["enum"], "description": "the scheme alone"})
     top["defaults"] = {**top["default"], "description": "another spelling of `default`"}
     schema["not"] = {"required": ["default", "defaults"]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": ID, **schema}

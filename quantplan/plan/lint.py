@@ -22,6 +22,8 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
     if plan.calibration is not None:
         yield from check_fit(plan.calibration, checkpoint.config)
     treated = [a for a in assignments.values() if a.wq is not None]
+    if not treated and plan.kv_cache is not None:
+        return
     if not treated:
         everything = plan.default.wq is None and not any(o.wq for o in plan.overrides)
         text = "the plan quantizes nothing" if everything else f"the plan quantizes none of {len(assignments)} modules"

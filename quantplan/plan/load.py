@@ -18,7 +18,7 @@ from quantplan.format import FORMATS
 from quantplan.observer import OBSERVERS, ObserverConfig
 from quantplan.plan.calibration import KEY, check_source
 from quantplan.plan.pattern import check_pattern
-from quantplan.plan.schema import Calibration, Output, Override, Plan, Rule
+from quantplan.plan.schema import Calibration, KeyValueCache, Output, Override, Plan, Rule
 from quantplan.plan.source import Source, read_source
 from quantplan.plan.transforms import KEY as TRANSFORMS_KEY
 from quantplan.plan.transforms import check_listed
@@ -26,6 +26,7 @@ from quantplan.registry import Registry
 from quantplan.scheme import SCHEMES
 from quantplan.transform import TRANSFORMS
 
+CACHE = "kv_cache"
 # names of the design whose machinery is not there yet: said so, not called unknown
 PLANNED = {
     "algorithm": ("hqq",),
@@ -112,7 +113,8 @@ def _leave_out(data: dict[str, Any], problem: Problem) -> None:
     """Removes the field a problem is about. An override whose pattern is bad matches nothing, and may."""
     path = problem.path or ()
     if path[:1] != ("overrides",) or len(path) < 2:
-        names = [str(part) for part in path[: 2 if path[:1] in (("default",), ("output",), (KEY,)) else 1]] or [""]
+        inside = path[:1] in (("default",), ("output",), (KEY,), (CACHE,)) and path != (CACHE, "scheme")  # which it cannot lack
+        names = [str(part) for part in path[: 2 if inside else 1]] or [""]
         holder = data if len(names) < 2 else data.get(names[0])
         if isinstance(holder, dict):
             holder.pop(names[-1], None)
@@ -158,8 +160,9 @@ def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """The keys allowed where an unknown one was found."""
     if len(loc) == 1:
         return [f.alias or n for n, f in Plan.model_fields.items()]
-    if loc[0] in (KEY, "output"):
-        return list((Calibration if loc[0] == KEY else Output).model_fields)
+    if loc[0] in (KEY, "output", CACHE):
+        parts: dict[str, type[BaseModel]] = {KEY: Calibration, "output": Output, CACHE: KeyValueCache}
+        return list(parts[str(loc[0])].model_fields)
     return list((Override if loc[0] == "overrides" else Rule).model_fields)
 
 
@@ -178,9 +181,8 @@ def check_plan(plan: Plan) -> Iterator[Problem]:
     for index, choice in enumerate(plan.transforms):
         yield from _check_choice(TRANSFORMS, choice, (TRANSFORMS_KEY, index), "name", True, {})
     yield from check_listed(plan)
-    if plan.kv_cache:
-        advice = "remove it: this version quantizes weights and activations"
-        yield Problem("QP108", "'kv_cache' is not available yet", advice, ("kv_cache",), True)
+    if plan.kv_cache is not None and plan.kv_cache.observer is not None:
+        yield from _check_choice(OBSERVERS, plan.kv_cache.observer, (CACHE, "observer"), "name", True, {})
     yield from _check_name(FORMATS, plan.output.format, ("output", "format"))
     for index, engine in enumerate(plan.engines or ()):
         if engine not in ENGINES:

@@ -12,11 +12,13 @@ from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.assignment import Assignment, Origin
 from quantplan.errors import Problem, QuantplanError, did_you_mean, errors_in, printable
 from quantplan.headers import Checkpoint
+from quantplan.kv_cache import KVCache
 from quantplan.models.keep import KeepRule
 from quantplan.models.modules import Module, find_modules
 from quantplan.observer import ObserverConfig
 from quantplan.plan.activations import build_observer
 from quantplan.plan.cascade import State, cascade, keeps, lifts, live_overrides, options, origins
+from quantplan.plan.kv_cache import bind_cache
 from quantplan.plan.lint import lint
 from quantplan.plan.load import LoadedPlan, in_order, schema_problems
 from quantplan.plan.overrides import check_shadowed, match_overrides
@@ -38,6 +40,7 @@ class Resolution:
     problems: tuple[Problem, ...] = ()
     matches: Mapping[int, int] = field(default_factory=dict)  # override -> how many modules it matches
     transforms: tuple[Transform, ...] = ()
+    kv_cache: KVCache | None = None
     collected: Calibration | None = None  # what statistics that were collected before were collected with
 
     @property
@@ -56,8 +59,8 @@ class Resolution:
 
     @property
     def takes_data(self) -> bool:
-        """Whether anything must see activations: an assignment, or a transform."""
-        return bool(self.needs_data) or any(t.needs_data for t in self.transforms)
+        """Whether anything must see activations: an assignment, a transform, or the key-value cache."""
+        return bool(self.needs_data) or any(t.needs_data for t in self.transforms) or self.kv_cache is not None
 
     @property
     def calibration(self) -> Calibration:
@@ -127,11 +130,12 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
         )
     effective = {o for treatment in shared.values() for o in treatment.live}
     problems += check_shadowed(plan, matched, effective, words, list(modules.values()))
+    kv_cache = bind_cache(plan, checkpoint, modules, problems, in_memory=live is not None)
     problems += lint(plan, checkpoint, assignments, in_memory=live is not None)
     transforms = with_implied(transforms, assignments)
     problems += check_fit(plan, transforms, checkpoint, assignments, in_memory=live is not None)
     counts = {i: len(found) for i, found in enumerate(matched)}
-    return Resolution(loaded, checkpoint, assignments, _placed(loaded, problems), counts, transforms)
+    return Resolution(loaded, checkpoint, assignments, _placed(loaded, problems), counts, transforms, kv_cache=kv_cache)
 
 
 def _placed(loaded: LoadedPlan, problems: Sequence[Problem]) -> tuple[Problem, ...]:

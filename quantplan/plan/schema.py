@@ -137,6 +137,25 @@ class Calibration(PlanModel):
         return self
 
 
+def _scheme_alone(value: Any) -> Any:
+    if isinstance(value, str):
+        return {"scheme": value}
+    if isinstance(value, dict):
+        return value
+    raise PydanticCustomError("kv_cache", "expected a scheme or an object of settings")
+
+
+class KeyValueCache(PlanModel):
+    """How the keys and values are rounded that a model keeps of the tokens before."""
+
+    scheme: Literal["fp8", "int8"]
+    """fp8 (e4m3) or symmetric int8"""
+    granularity: Literal["tensor", "head"] = "tensor"
+    """what shares one scale: all keys of a layer, or those of one head; values likewise"""
+    observer: Choice | None = None
+    """what finds the ranges: a name, or an object with `name` and its options; minmax if absent"""
+
+
 class Plan(PlanModel):
     """A quantization plan."""
 
@@ -150,8 +169,8 @@ class Plan(PlanModel):
     """top to bottom; a later field wins"""
     transforms: list[Choice] = []
     """equivalent rewrites before quantization"""
-    kv_cache: Choice | None = None
-    """scheme of the key-value cache"""
+    kv_cache: Annotated[KeyValueCache, BeforeValidator(_scheme_alone)] | None = None
+    """how the key-value cache is quantized: a scheme, or an object of settings"""
     calibration: Annotated[Calibration, BeforeValidator(_source_alone)] | None = None
     """what to calibrate with: a source alone, or an object of settings"""
     output: Output = Output()
