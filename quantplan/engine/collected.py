@@ -96,6 +96,7 @@ class CollectedStatistics:
         wants = [f"transform '{t.name}'" for t in resolution.transforms]
         wants += [f"algorithm '{a.algorithm.name}'" for a in resolution.needs_data if a.algorithm.tunes]
         wants += ["static activations" for a in resolution.needs_data if a.observer is not None]
+        wants += ["a key-value cache to quantize"] if resolution.kv_cache is not None else []
         if wants:
             text = f"the plan has {wants[0]}, which takes more than statistics of the float model"
             raise fail("QP236", text, "leave out --stats", file=resolution.loaded.source.file)
