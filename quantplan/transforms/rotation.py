@@ -27,7 +27,7 @@ FACTOR = 64  # Hadamard matrices are applied in factors of at most this size
 class Rotation(Transform):
     """Multiplies the residual stream by an orthogonal matrix (R1 of QuaRot, arXiv 2404.00456, and SpinQuant, 2405.16406), fused
     into the weights, and the values of each head by another (R2). Needs no data. Gains of norms are folded into the matrices
-    behind them first, so tied embeddings are untied. Helps low bits with a scale a channel, and activations; hurts small groups.
+    behind them first, so tied embeddings are untied. For quantized activations; weights alone can come out worse.
 
     The matrix is a Hadamard matrix with random signs; where the width is `k` times a power of two, the odd `k` is served by a
     discrete Hartley matrix: orthogonal and flat in any size. Norms that take the mean away keep it: their rotation leaves the
