@@ -124,10 +124,10 @@ def test_errors_of_the_run_keep_their_names(tmp_path: Path, plan: Path, capsys: 
     with pytest.MonkeyPatch.context() as monkeypatch:
 
         def broken(*arguments: Any, **options: Any) -> Any:
-            raise BrokenPipeError(32, "Broken pipe")
+            raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(engine, "apply", broken)
-        run("apply", model, plan, "-o", out, "--events", tmp_path / "events.jsonl", "-q")
+        assert run("apply", model, plan, "-o", out, "--events", tmp_path / "events.jsonl", "-q") == 70
     assert "QP402" not in capsys.readouterr().err
 
 

@@ -188,6 +188,6 @@ def test_registries_hold_what_the_documents_say() -> None:
         "nf4",
         "nvfp4",
     ]
-    assert ALGORITHMS.names() == ["autoround", "awq", "gptq", "rtn"]
+    assert ALGORITHMS.names() == ["autoround", "awq", "gptq", "hqq", "rtn"]
     assert TRANSFORMS.names() == ["awq", "bias_correction", "rotation", "smoothquant"]
     assert FORMATS.names() == ["compressed-tensors", "quantplan"]

@@ -29,7 +29,6 @@ from quantplan.transform import TRANSFORMS
 CACHE = "kv_cache"
 # names of the design whose machinery is not there yet: said so, not called unknown
 PLANNED = {
-    "algorithm": ("hqq",),
     "format": ("gguf", "mlx", "onnx"),
     "engine": ("llama.cpp", "mlx", "onnxruntime", "sglang"),
 }
