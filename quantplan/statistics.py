@@ -28,14 +28,19 @@ class Statistics:
     def damped(self, damping: float) -> Tensor:
         """The Hessian with `damping` times its mean diagonal added to its diagonal; columns that were always zero get one.
         Computed once for matrices that share their inputs."""
-        import torch
-
         if ("damped", damping) not in self._kept:
-            diagonal = self.hessian.diagonal()
-            added = diagonal.mean().mul(damping).clamp(min=torch.finfo(torch.float32).tiny)
-            self._kept["damped", damping] = self.hessian + torch.diag(torch.where(diagonal > 0, added, 1.0))
+            self._kept["damped", damping] = self._damped(damping)
         kept: Tensor = self._kept["damped", damping]
         return kept
+
+    def _damped(self, damping: float) -> Tensor:
+        import torch
+
+        made = self.hessian.clone()
+        diagonal = made.diagonal()
+        added = diagonal.mean().mul(damping).clamp(min=torch.finfo(torch.float32).tiny)
+        diagonal.add_(torch.where(diagonal > 0, added, 1.0))
+        return made
 
     def factor(self, damping: float, order: Tensor) -> Tensor:
         """Upper triangular `U` with `U^T U` the inverse of the damped Hessian, rows and columns in `order`; float32.
@@ -50,13 +55,10 @@ class Statistics:
             return found
         added, dtype = damping, torch.float32
         for _ in range(12):
-            ordered = self.damped(added)[order][:, order].to(dtype)
-            lower, failed = torch.linalg.cholesky_ex(ordered)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and torch.isfinite(upper).all():
-                    self._kept[key] = upper.float()
-                    return upper.float()
+            upper = _inverse_factor(self.damped(added)[order[:, None], order].to(dtype))
+            if upper is not None:
+                self._kept[key] = upper.float()
+                return upper.float()
             added, dtype = (added if dtype == torch.float32 else 2 * max(added, 1e-4)), torch.float64
         raise fail("QP604", "the inputs' second moments cannot be factorized", "use more calibration data, or algorithm: rtn")
 
@@ -69,7 +71,22 @@ class Statistics:
         if self.drift is None:
             return weight
         if ("correction", damping) not in self._kept:
-            lower, failed = torch.linalg.cholesky_ex(self.damped(damping).double())
-            solved = torch.cholesky_solve(self.drift.t().double(), lower).t() if not failed else torch.zeros_like(lower)
-            self._kept["correction", damping] = solved.float()
-        return weight + weight @ self._kept["correction", damping]
+            damped = self._damped(damping)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if failed:
+                lower = torch.linalg.cholesky_ex(damped.double())[0].float()
+            self._kept["correction", damping] = lower
+        return weight + torch.cholesky_solve((weight @ self.drift).t(), self._kept["correction", damping]).t()
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Upper triangular `U` with `U^T U` the inverse of `matrix`, which is given up; None when rounding errors forbid it. No more
+    than two such matrices are held at a time beside what the caller holds."""
+    import torch
+
+    matrix, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return None
+    matrix = torch.cholesky_inverse(matrix)
+    matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+    return matrix if not failed and torch.isfinite(matrix).all() else None

@@ -14,7 +14,7 @@ from quantplan.algorithms import gptq as module
 from quantplan.algorithms.gptq import GPTQ
 from quantplan.algorithms.rtn import RoundToNearest
 from quantplan.errors import QuantplanError
-from quantplan.scale_search import search_scales
+from quantplan.scale_search import Ranges, search_scales
 from quantplan.scheme import SCHEMES, NonFinite, Params, Quantizer, SchemeConfig
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
@@ -198,7 +198,9 @@ def test_every_algorithm_is_deterministic_and_no_worse_than_rounding(member: typ
     assert torch.isfinite(values).all()
     if options.needs:
         plain = solved(RoundToNearest(), weight, config, statistics)
-        assert loss(weight, values, statistics.hessian).sum() < loss(weight, plain, statistics.hessian).sum()
+        after, before = (loss(weight, v, statistics.hessian).sum() for v in (values, plain))
+        assert after <= before
+        assert after < before or options.name == "awq", "only a search among ranges may end where rounding is"
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (1, 32), (64, 32), (3, 32)])
@@ -248,7 +250,7 @@ def test_a_hessian_that_is_not_finite_is_a_coded_error() -> None:
 def fitted(config: SchemeConfig, weight: Tensor) -> tuple[Quantizer, Params, Tensor]:
     """Quantizer, parameters and rounded values `[columns, rows]`."""
     quantizer = config.quantizer()
-    params = search_scales(weight, quantizer, None, 8, 0.6)
+    params = search_scales(weight, quantizer, None, Ranges(8, 0.6))
     q = quantizer.quantize_groups(quantizer.groups(weight), params, *weight.shape)
     return quantizer, params, quantizer.dequantize(q).t().contiguous()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantplan import scale_search
 from quantplan.algorithms.rtn import RoundToNearest
-from quantplan.scale_search import choose, joined, search_scales
+from quantplan.scale_search import Ranges, choose, joined, search_scales
 from quantplan.scheme import SCHEMES, NonFinite, Params, Quantizer, SchemeConfig
 
 
@@ -76,7 +76,7 @@ class TestEveryScheme:
         weight = heavy(6, 64, seed=1)
         for importance in (None, shares(64)):
             quantizer = config.quantizer()
-            found = search_scales(weight, quantizer, importance, 9, 0.4)
+            found = search_scales(weight, quantizer, importance, Ranges(9, 0.4))
             slow = slowly(weight, config, importance, 9, 0.4)
             assert found.keys() == slow.keys()
             fast, reference = (weighed_error(weight, quantizer, params, importance) for params in (found, slow))
@@ -93,7 +93,7 @@ class TestEveryScheme:
             quantizer = config.quantizer()
             absmax = weight.abs().amax()
             plain = weighed_error(weight, quantizer, quantizer.fit(quantizer.groups(weight), 1.0, absmax), importance)
-            found = weighed_error(weight, quantizer, search_scales(weight, quantizer, importance, 12, 0.5), importance)
+            found = weighed_error(weight, quantizer, search_scales(weight, quantizer, importance, Ranges(12, 0.5)), importance)
             # a step is stored in bfloat16 after it was chosen: that may cost a little where there was nothing to gain
             slack = 1 + (0.02 if config.bits <= 4 or not config.fine_steps else 0.3)
             assert (found <= plain * slack).float().mean() > 0.97
@@ -103,21 +103,21 @@ class TestEveryScheme:
         for rows, columns in ((1, 64), (130, 192)):
             weight, quantizer = heavy(max(rows, 3), columns)[:rows], config.quantizer()
             fitted = quantizer.fit(quantizer.groups(weight), 1.0, weight.abs().amax())
-            found = search_scales(weight, quantizer, shares(columns), 5, 0.5)
+            found = search_scales(weight, quantizer, shares(columns), Ranges(5, 0.5))
             assert {n: (p.shape, p.dtype) for n, p in found.items()} == {n: (p.shape, p.dtype) for n, p in fitted.items()}
 
     def test_pieces_change_nothing(self, config: SchemeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         weight, quantizer, importance = heavy(130, 192), config.quantizer(), shares(192)
-        whole = search_scales(weight, quantizer, importance, 5, 0.5)
+        whole = search_scales(weight, quantizer, importance, Ranges(5, 0.5))
         monkeypatch.setattr(scale_search, "PIECE", 192 * 7)
-        parts = search_scales(weight, quantizer, importance, 5, 0.5)
+        parts = search_scales(weight, quantizer, importance, Ranges(5, 0.5))
         assert all(torch.equal(whole[n].view(torch.uint8), parts[n].view(torch.uint8)) for n in whole)
 
     def test_nothing_counts(self, config: SchemeConfig) -> None:
         """Columns that count for nothing, and groups of zeros: the whole range stays."""
         weight, quantizer = heavy(4, 64), config.quantizer()
         weight[3] = 0
-        found = search_scales(weight, quantizer, torch.zeros(64), 5, 0.5)
+        found = search_scales(weight, quantizer, torch.zeros(64), Ranges(5, 0.5))
         fitted = quantizer.fit(quantizer.groups(weight), 1.0, weight.abs().amax())
         for name, param in fitted.items():
             assert torch.equal(found[name].view(torch.uint8), param.view(torch.uint8))
@@ -127,7 +127,7 @@ class TestEveryScheme:
             weight = heavy(4, 64)
             weight[3, 63] = bad
             with pytest.raises(NonFinite):
-                search_scales(weight, config.quantizer(), None, 5, 0.5)
+                search_scales(weight, config.quantizer(), None, Ranges(5, 0.5))
 
 
 def test_an_important_column_is_fitted() -> None:
@@ -136,7 +136,7 @@ def test_an_important_column_is_fitted() -> None:
     importance[5] = 1
     config = SCHEMES.get("int4")(group_size=32, scale_dtype="float32")
     quantizer = config.quantizer()
-    found = quantizer.nearest(quantizer.groups(weight), search_scales(weight, quantizer, importance, 16, 0.6))
+    found = quantizer.nearest(quantizer.groups(weight), search_scales(weight, quantizer, importance, Ranges(16, 0.6)))
     large = weight[:, 5].abs() > weight.abs().amax(1) / 7  # what is not nearest to zero
     assert torch.isclose(found[:, 0, 5], weight[:, 5], rtol=1e-5)[large].all() and large.sum() > 30
     rounded = RoundToNearest().solve(weight, quantizer)
@@ -150,7 +150,7 @@ def test_planted_steps_are_found() -> None:
     importance = torch.ones(512)
     importance[0] = 0
     config = SCHEMES.get("int4")(granularity="channel", scale_dtype="float32")
-    found = search_scales(weight, config.quantizer(), importance, 20, 0.4)
+    found = search_scales(weight, config.quantizer(), importance, Ranges(20, 0.4))
     torch.testing.assert_close(found["scale"].flatten(), torch.full((4,), 0.0371))
 
 

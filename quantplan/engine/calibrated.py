@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -184,6 +185,7 @@ class _Run:
                 facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3), "unseen": block.unseen}
                 number += 1
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
+                return_memory()
                 yield SolvedBlock(name, number, total, block.losses, seconds)
 
 
@@ -331,6 +333,7 @@ class _Block:
         last, activations = self._last, (assignment.aq, assignment.observer)
         if last is not None and last.activations == activations and _same_memory(last.given, given):
             return last
+        self._last = last = None  # its statistics are not held while the next ones are made
         made = _Inputs(given, activations, given, {})
         if assignment.aq is not None:
             try:
@@ -373,8 +376,8 @@ class _Block:
                     if paired:
                         moved += ((y - x).to(fast_dtype()).t() @ x.to(fast_dtype())).float()
             count = max(count, 1)
-            lower = hessian.tril(-1)
-            met.statistics = Statistics((hessian.tril() + lower.t()).div_(count), count, moved.div_(count) if paired else None)
+            hessian.tril_().add_(hessian.tril(-1).t())
+            met.statistics = Statistics(hessian.div_(count), count, moved.div_(count) if paired else None)
         return met.statistics
 
     def _mean(self, met: _Inputs) -> Tensor:
@@ -459,6 +462,13 @@ def _same_memory(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> b
     return first.keys() == second.keys() and all(
         first[i].data_ptr() == second[i].data_ptr() and first[i].shape == second[i].shape for i in first
     )
+
+
+def return_memory() -> None:
+    """Gives freed memory back to the operating system: the C library keeps a part of what every thread frees, and there are many
+    threads in a calibration. Does nothing where the C library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def add_products(total: Tensor, x: Tensor) -> None:
