@@ -65,7 +65,7 @@ class Statistics:
     def corrected(self, weight: Tensor, damping: float) -> Tensor:
         """The weight whose outputs for the quantized model's inputs come nearest to those of `weight` `[rows, columns]` for the
         float model's: `W + W D (H + damping)^-1` with `D` the drift (the closed form of Qronos, arXiv 2505.11695, and GPTAQ,
-        2504.02692). The weight itself where there is no drift."""
+        2504.02692). The weight itself where there is no drift, or no factor of the Hessian."""
         import torch
 
         if self.drift is None:
@@ -74,9 +74,10 @@ class Statistics:
             damped = self._damped(damping)
             lower, failed = torch.linalg.cholesky_ex(damped)
             if failed:
-                lower = torch.linalg.cholesky_ex(damped.double())[0].float()
-            self._kept["correction", damping] = lower
-        return weight + torch.cholesky_solve((weight @ self.drift).t(), self._kept["correction", damping]).t()
+                lower, failed = torch.linalg.cholesky_ex(damped.double())
+            self._kept["correction", damping] = None if failed else lower.float()
+        lower = self._kept["correction", damping]
+        return weight if lower is None else weight + torch.cholesky_solve((weight @ self.drift).t(), lower).t()
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:

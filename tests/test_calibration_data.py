@@ -70,7 +70,9 @@ def with_begin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_rows(model: Path, base: Path, source: str, **given: Any) -> CalibrationSet:
-    return read_calibration(Calibration(source=source, **{"sequence_length": 16, "samples": 4, "skip_tokens": 1, **given}), model, base)
+    return read_calibration(
+        Calibration(source=source, **{"sequence_length": 16, "samples": 4, "skip_tokens": 1, **given}), model, base
+    )
 
 
 def raised(code: str, call: Any, *arguments: Any, **options: Any) -> str:

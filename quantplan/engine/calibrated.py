@@ -334,6 +334,7 @@ class _Block:
         if last is not None and last.activations == activations and _same_memory(last.given, given):
             return last
         self._last = last = None  # its statistics are not held while the next ones are made
+        return_memory()
         made = _Inputs(given, activations, given, {})
         if assignment.aq is not None:
             try:

@@ -125,7 +125,7 @@ class Calibration(PlanModel):
     shuffle: bool = True
     """false: the first sequences in their order, whatever the seed"""
     skip_tokens: NonNegativeInt = 0
-    """positions at the start of each sequence that statistics leave out, and with them every begin-of-sequence token; 0: all count"""
+    """positions at the start of each sequence that statistics leave out, with every begin-of-sequence token; 0: all count"""
     all_experts: bool = False
     """true: every token counts for every expert of a mixture, not only for those the router chose; takes as much longer as there
     are more experts than chosen ones"""

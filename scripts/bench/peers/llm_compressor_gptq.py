@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main(model, out, ids, bits, group, symmetric):
     """Quantizes every linear layer but the head, as quantplan does by default."""
     rows = load_file(ids)["input_ids"].tolist()
-    weights = QuantizationArgs(num_bits=int(bits), type="int", symmetric=symmetric == "true", strategy="group", group_size=int(group))
+    weights = QuantizationArgs(
+        num_bits=int(bits), type="int", symmetric=symmetric == "true", strategy="group", group_size=int(group)
+    )
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     oneshot(
         model=AutoModelForCausalLM.from_pretrained(model, dtype="auto"),
