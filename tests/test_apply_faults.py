@@ -22,6 +22,7 @@ from checkpoints import SIDE_FILES, llama, tree
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quantplan.checkpoint.layout import output_layout
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.writer import CheckpointWriter, staging_of
 from quantplan.engine import apply as module
