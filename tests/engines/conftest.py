@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from dense_reference import opened
 from engine_plans import Plan
+from safetensors.torch import save_file
 
 from quantplan.engine.apply import Report, apply
 
@@ -47,12 +48,17 @@ def vllm_python() -> Path:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Applies a plan to a model, once a session: the report, whose `out` nobody may change."""
     folder = tmp_path_factory.mktemp("outputs")
+    tokens = torch.randint(5, 300, (4, 32), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens}, folder / "ids.safetensors")
     reports: dict[tuple[Path, str], Report] = {}
     plans: dict[tuple[Path, str], Plan] = {}
 
     def apply_once(model: Path, name: str, plan: Plan) -> Report:
         assert plans.setdefault((model, name), plan) == plan, f"two plans are called '{name}'"
         if (model, name) not in reports:
+            if isinstance(plan, Mapping) and not (model / "tokenizer.json").exists():
+                source = {"source": str(folder / "ids.safetensors"), "samples": 4, "sequence_length": 32}
+                plan = {"calibration": source, **plan}
             reports[model, name] = apply(model, plan, folder / f"{model.name} {name}")
         return reports[model, name]
 
