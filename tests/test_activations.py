@@ -43,8 +43,8 @@ def static(scheme: str, **options: Any) -> dict[str, Any]:
 
 
 PLANS: dict[str, dict[str, Any]] = {
-    "int8": {"wq": "int8", "aq": static("int8")},
-    "asymmetric int8": {"wq": "int8", "aq": static("int8", symmetric=False)},
+    "int8": {"wq": "int8", "aq": static("int8", observer="minmax")},
+    "asymmetric int8": {"wq": "int8", "aq": static("int8", symmetric=False, observer="minmax")},
     "fp8": {"wq": "fp8", "aq": static("fp8")},
     "nvfp4": {"wq": "nvfp4", "aq": static("nvfp4", observer="minmax")},
 }

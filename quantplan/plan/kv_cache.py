@@ -42,7 +42,7 @@ def bind_cache(
     scheme = SCHEMES.get(plan.kv_cache.scheme).model_validate(
         {"granularity": "tensor", "dynamic": False, "scale_dtype": dtype if dtype in ("bfloat16", "float16") else "bfloat16"}
     )
-    observer = build_observer(plan.kv_cache.observer, scheme)
+    observer = build_observer(plan.kv_cache.observer or "minmax", scheme)
     if not isinstance(observer, ObserverConfig):
         return None  # said where the plan was read
     by_head = heads if plan.kv_cache.granularity == "head" else None
