@@ -42,7 +42,7 @@ class GPTQ(Algorithm):
     """scales of symmetric integers may be negative, so that all levels are used whatever the sign of the largest weight"""
     refits: int = Field(default=1, ge=0, le=100)
     """rounds of refinement: scales by least squares for the codes found, then codes again"""
-    sweeps: int = Field(default=2, ge=0, le=100)
+    sweeps: int = Field(default=1, ge=0, le=100)
     """in each, rounds of coordinate descent over all columns"""
 
     @property
@@ -159,16 +159,15 @@ def _descend(target: Tensor, values: Tensor, columns: _Columns, hessian: Tensor,
     for _ in range(sweeps):
         for start in range(0, len(values), BLOCK):
             stop = min(start + BLOCK, len(values))
-            inner, near = slope[start:stop], hessian[start:stop, start:stop]
+            inner, near = slope[start:stop].clone(), hessian[start:stop, start:stop]
             moves = torch.empty_like(inner)
             for j in range(stop - start):
                 before = values[start + j]
                 found = columns.nearest(before + inner[j] / diagonal[start + j], start + j)
                 torch.sub(found, before, out=moves[j])
                 values[start + j] = found
-                inner.addr_(near[:, j], moves[j], alpha=-1)
-            slope[:start].addmm_(hessian[:start, start:stop], moves, alpha=-1)
-            slope[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
+                inner[j + 1 :].addr_(near[j + 1 :, j], moves[j], alpha=-1)
+            slope.addmm_(hessian[:, start:stop], moves, alpha=-1)
     return values
 
 

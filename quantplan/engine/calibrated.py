@@ -45,8 +45,9 @@ from quantplan.scheme import NonFinite, Params, SchemeConfig
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
 
+WIDE = 2048  # columns from which on what statistics leave behind is worth giving back at once
 BATCH = 2048  # tokens a batch: what one forward holds of a block's inner activations
-SLICE = 512  # columns of a Hessian at a time: half of it is the mirror of the other half
+SLICE = 192  # columns of a Hessian at a time: half of it is the mirror of the other half
 
 Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one
 
@@ -334,7 +335,8 @@ class _Block:
         if last is not None and last.activations == activations and _same_memory(last.given, given):
             return last
         self._last = last = None  # its statistics are not held while the next ones are made
-        return_memory()
+        if next(iter(given.values())).shape[-1] >= WIDE:
+            return_memory()
         made = _Inputs(given, activations, given, {})
         if assignment.aq is not None:
             try:
@@ -364,7 +366,7 @@ class _Block:
         if met.statistics is None:
             columns = next(iter(inputs.values())).shape[-1]
             hessian, moved, count = torch.zeros(columns, columns), torch.zeros(columns, columns), 0
-            paired = drift and all(i - self.first in inputs for i in inputs if i >= self.first)
+            paired = drift and all(self._pairs(inputs, i) for i in inputs if i >= self.first)
             for i, x in inputs.items():
                 if i < self.first:
                     continue
@@ -373,9 +375,7 @@ class _Block:
                 count += len(x)
                 if paired:
                     y = self._counted(inputs[i - self.first].float(), i - self.first)
-                    paired = paired and y.shape == x.shape
-                    if paired:
-                        moved += ((y - x).to(fast_dtype()).t() @ x.to(fast_dtype())).float()
+                    moved += ((y - x).to(fast_dtype()).t() @ x.to(fast_dtype())).float()
             count = max(count, 1)
             hessian.tril_().add_(hessian.tril(-1).t())
             met.statistics = Statistics(hessian.div_(count), count, moved.div_(count) if paired else None)
@@ -385,6 +385,12 @@ class _Block:
         """Of the inputs as the quantized model computes with them, `[columns]`."""
         counted = [self._counted(x.float(), i - self.first) for i, x in met.rounded.items() if i >= self.first]
         return torch.cat(counted).mean(0)
+
+    def _pairs(self, inputs: Mapping[int, Tensor], i: int) -> bool:
+        """Whether what run `i` brought is of the same tokens as what the float chain's run brought: all of a batch's. A quantized
+        router sends tokens elsewhere, so the inputs of one expert are not the same tokens even where they are as many."""
+        tokens = len(self.run.masks[i - self.first])
+        return len(inputs[i]) == tokens and i - self.first in inputs and len(inputs[i - self.first]) == tokens
 
     def _counted(self, x: Tensor, batch: int) -> Tensor:
         """The tokens that count. Experts are given tokens of their own choice, and all of them count."""

@@ -15,9 +15,9 @@ OPTIONS = ("dynamic", "observer")
 
 
 def default_observer(scheme: type[SchemeConfig] | SchemeConfig) -> str:
-    """The observer of a scheme's static activations where the plan names none: the range of least squared error for integers, whose
-    steps an outlier makes coarse for everyone; the whole range for floats; one with headroom where blocks have scales of their own
-    below the static one."""
+    """The observer of a scheme's static activations where the plan names none: the range of least squared error for integers,
+    whose steps an outlier makes coarse for everyone; the whole range for floats; one with headroom where blocks have scales of
+    their own below the static one."""
     if scheme.tensor_params:
         return "headroom"
     return "mse" if scheme.name.startswith("int") else "minmax"
