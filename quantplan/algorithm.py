@@ -62,6 +62,11 @@ class Algorithm(BaseModel, ABC):
         """The statistics it cannot do without; empty when it needs no data."""
         return frozenset()
 
+    @property
+    def takes_data(self) -> bool:
+        """Whether it calibrates: to solve a matrix, or to tune it afterwards."""
+        return bool(self.needs) or self.tunes
+
     @abstractmethod
     def solve(
         self,

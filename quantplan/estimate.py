@@ -36,16 +36,21 @@ class Estimate:
         return dict(vars(self))
 
 
-def estimate(resolution: Resolution, layout: OutputLayout, workers: int | None = None) -> Estimate:
-    """The cost of a resolved plan."""
-    workers = workers or os.cpu_count() or 1
+def cores() -> int:
+    """How many threads compute where nothing else is said: OMP_NUM_THREADS, as in torch, or all cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) > 0 else os.cpu_count() or 1
+
+
+def estimate(resolution: Resolution, layout: OutputLayout, workers: int) -> Estimate:
+    """The cost of a resolved plan, with so many threads at work."""
     units = [u for f in layout.files for u in f.units]
     treated = [u for u in units if u.kind == "quantize"]
     weights = sum(u.elements for u in treated)
     everything = sum(_elements(t.shape) for t in resolution.checkpoint.tensors.values())
     files: Mapping[str, Any] = side_files(resolution.checkpoint) if resolution.checkpoint.path is not None else {}
     documents = {**layout.side_documents(), "config.json": output_config(resolution)}
-    documents["quantplan.json"] = provenance(resolution, layout, {}, [*documents, *files])
+    documents["quantplan.json"] = provenance(resolution, layout, {}, [*documents, *files], workers)
     tensor_bits = 8 * sum(t.size for t in layout.tensors.values())
     work = sum(u.source.size * (u.assignment.algorithm.passes if u.assignment else 0.3) for u in _once(units))
     return Estimate(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import quantplan
-from quantplan.engine import calibrated
+from quantplan.engine import moments
 from quantplan.engine.apply import Report, apply
 from quantplan.engine.verify import verify
 from quantplan.errors import QuantplanError
@@ -60,9 +60,9 @@ FORMATS = ["compressed-tensors", "quantplan"]
 @pytest.fixture(scope="module", autouse=True)
 def exact() -> Iterator[None]:
     """Products in float32, so that a slow reference finds the same numbers."""
-    before, calibrated.fast_dtype = calibrated.fast_dtype, lambda: torch.float32
+    before, moments.fast_dtype = moments.fast_dtype, lambda: torch.float32
     yield
-    calibrated.fast_dtype = before
+    moments.fast_dtype = before
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Algorithms: round-to-nearest is the quantizer's own rounding; the search is never worse, and equals a slow reference."""
 
 import math
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -43,15 +42,6 @@ ALL = configs()
 def label(config: SchemeConfig) -> str:
     given = {k: v for k, v in config.model_dump(exclude_defaults=True).items() if v is not None}
     return " ".join([config.name, *(f"{k}={v}" for k, v in given.items())])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def heavy(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -393,7 +393,7 @@ def test_what_an_interrupted_run_wrote_is_not_needed_again(model: Path, tmp_path
     from quantplan.checkpoint.layout import output_layout
     from quantplan.estimate import estimate
 
-    free = estimate(needed, output_layout(needed)).output_bytes // 2
+    free = estimate(needed, output_layout(needed), 1).output_bytes // 2
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, free))
     refused("QP401", model, SHARDED, tmp_path / "another")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,6 @@ from quantplan.engine import apply as engine
 
 INT4 = {"default": {"wq": {"scheme": "int4", "group_size": 32}}, "output": {"shard_size": 30_000}}
 IDS = torch.randint(3, 120, (4, 16), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

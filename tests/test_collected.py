@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from typer.testing import CliRunner
 import quantplan
 from quantplan.algorithms.gptq import GPTQ
 from quantplan.cli.app import app
-from quantplan.engine import calibrated, collect
+from quantplan.engine import calibrated, collect, moments
 from quantplan.engine.apply import Step, apply
 from quantplan.engine.collected import CollectedStatistics
 from quantplan.errors import QuantplanError
@@ -29,14 +28,6 @@ from quantplan.models.modules import Matrix
 from quantplan.scheme import SCHEMES
 
 transformers.logging.set_verbosity_error()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +58,7 @@ def plan(wq: str = "int4", algorithm: Any = "gptq", **more: Any) -> dict[str, An
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "llava"])
 def test_what_is_stored_is_what_hooks_see(folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "fast_dtype", lambda: torch.float32)
+    monkeypatch.setattr(moments, "fast_dtype", lambda: torch.float32)
     path = zoo.build(name, folder)
     made = collect.collect(path, settings(folder), tmp_path / "stats")
     document = json.loads((tmp_path / "stats/statistics.json").read_text())

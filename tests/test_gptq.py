@@ -1,7 +1,6 @@
 """gptq against a slow reference: optimal brain quantization in float64, column by column, which never factorizes anything."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -20,14 +19,6 @@ from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
 
 NEAR = 1e-3  # of the distance between grid values: what float32 may mistake for a tie
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gathered(columns: int, tokens: int = 512, seed: int = 0, drift: float = 0.05) -> Statistics:

@@ -1,7 +1,6 @@
 """hqq: zero points and steps by half-quadratic turns; never worse by its own measure, nor by squares."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,14 +14,6 @@ from quantplan.algorithms.hqq import HQQ
 from quantplan.algorithms.rtn import RoundToNearest
 from quantplan.scheme import SCHEMES, NonFinite, SchemeConfig
 from quantplan.tensor import QuantizedTensor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def errors(q: QuantizedTensor, x: Tensor, norm: float) -> Tensor:

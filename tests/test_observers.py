@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -30,15 +30,6 @@ from quantplan.observers import histogram, minmax, mse, percentile
 from quantplan.scheme import SCHEMES, NonFinite, Quantizer, SchemeConfig
 
 Stream = list[Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small tensors: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(name: str, **options: Any) -> Observer:

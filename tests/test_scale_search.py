@@ -1,7 +1,5 @@
 """The search for scales, against one that goes group by group, and its promises: never worse than the whole range."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from test_algorithms import ALL, heavy, label
@@ -11,14 +9,6 @@ from quantplan import scale_search
 from quantplan.algorithms.rtn import RoundToNearest
 from quantplan.scale_search import Ranges, choose, joined, search_scales
 from quantplan.scheme import SCHEMES, NonFinite, Params, Quantizer, SchemeConfig
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shares(columns: int, seed: int = 0) -> Tensor:

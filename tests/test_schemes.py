@@ -4,7 +4,7 @@ A promise is a function of a config that asserts. It runs on every scheme, granu
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, get_args, get_origin
 
@@ -22,15 +22,6 @@ from quantplan.tensor import QuantizedTensor, concatenate
 
 ROWS, COLUMNS = 130, 192  # blocks of 128 have edges; groups of 16, 32 and 64 divide
 RESERVED = {"pattern", "wq", "aq", "algorithm", "keep", "optional", "expect", "scheme", "name"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small matrices: threads would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def choices(field: Any) -> list[Any]:

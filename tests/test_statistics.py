@@ -1,7 +1,6 @@
 """Second moments: damping, factors that are tried again, the correction for drift, and what is computed once."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,14 +8,6 @@ from torch import Tensor
 
 from quantplan.errors import QuantplanError
 from quantplan.statistics import Statistics
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inputs(tokens: int = 300, columns: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:

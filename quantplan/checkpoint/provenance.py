@@ -83,15 +83,16 @@ def provenance(
     layout: OutputLayout,
     hashes: Mapping[str, str],
     others: Mapping[str, str] | Iterable[str],
+    threads: int,
     data: str = UNKNOWN,
     changed: Iterable[str] = (),
 ) -> bytes:
-    """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone; `data`: sha256 of the
-    calibration data, where the plan takes any. Its length does not
-    depend on the hashes, so that the estimate can be exact."""
+    """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone; `threads`: that
+    calibration computes with; `data`: sha256 of its data, where the plan takes any. Its length does not depend on the hashes, so
+    that the estimate can be exact."""
     named = dict(others) if isinstance(others, Mapping) else dict.fromkeys(others, UNKNOWN)
     header = {f.name: _sha256(f.header) for f in layout.files}
-    calibration = {"calibration": {**_settings(resolution), "sha256": data}} if resolution.takes_data else {}
+    calibration = {"calibration": {**_settings(resolution, threads), "sha256": data}} if resolution.takes_data else {}
     cache = {} if resolution.kv_cache is None else {"kv_cache": resolution.kv_cache.as_dict()}
     return json_bytes({
         "quantplan": 1,
@@ -109,12 +110,12 @@ def provenance(
     })  # fmt: skip
 
 
-def _settings(resolution: Resolution) -> dict[str, Any]:
-    """The calibration settings, a file's name without its folder, and the threads, on which rounding errors depend."""
-    import os
-
+def _settings(resolution: Resolution, threads: int) -> dict[str, Any]:
+    """The calibration settings, a file's name without its folder, and the threads, on which rounding errors depend: but for
+    statistics that were collected before."""
     settings = resolution.calibration.model_dump(mode="json")
-    return {**settings, "source": Path(settings["source"]).name, "threads": os.cpu_count()}
+    settings["source"] = Path(settings["source"]).name
+    return settings if resolution.collected is not None else {**settings, "threads": threads}
 
 
 def _transforms(resolution: Resolution, layout: OutputLayout, changed: frozenset[str]) -> dict[str, Any]:

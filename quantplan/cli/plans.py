@@ -153,7 +153,7 @@ def estimate(plan: PlanFile, model: Model, as_json: AsJson = False, revision: Re
     from quantplan.checkpoint.layout import output_layout
 
     resolution = _resolved(plan, model, revision).require()
-    predicted = estimating.estimate(resolution, output_layout(resolution))
+    predicted = estimating.estimate(resolution, output_layout(resolution), estimating.cores())
     if as_json:
         show.document(predicted.as_dict())
     else:

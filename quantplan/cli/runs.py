@@ -118,12 +118,12 @@ def _dry_run(model: str, plan: Path, output: Path, threads: int | None, revision
     from quantplan.checkpoint.layout import output_layout
     from quantplan.cli.plans import show_estimate
     from quantplan.engine.apply import check_environment, check_target, prepare
-    from quantplan.estimate import estimate
+    from quantplan.estimate import cores, estimate
 
     resolution = prepare(model, plan, revision)
     if resolution.checkpoint.path is not None:
         check_target(output, resolution.checkpoint.path)
-    predicted = estimate(resolution, output_layout(resolution), threads)
+    predicted = estimate(resolution, output_layout(resolution), threads or cores())
     check_environment(predicted, output)
     if as_json:
         show.document(predicted.as_dict())

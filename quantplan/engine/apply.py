@@ -19,7 +19,7 @@ from quantplan.checkpoint.reader import TensorReader, reading
 from quantplan.checkpoint.side_files import output_config, side_files
 from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes
 from quantplan.errors import Problem, QuantplanError, fail, listing
-from quantplan.estimate import Estimate, estimate
+from quantplan.estimate import Estimate, cores, estimate
 from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint, read_checkpoint
 from quantplan.plan.load import LoadedPlan, load_plan
@@ -116,6 +116,7 @@ def apply(  # noqa: PLR0913 - what a command line may say
     """
     started = time.monotonic()
     tell: OnStep = on_step or (lambda step: None)
+    workers = workers or cores()
     resolution = prepare(model, plan, revision)
     source = with_weights(resolution.checkpoint)
     for transform in resolution.transforms:
@@ -147,7 +148,7 @@ def apply(  # noqa: PLR0913 - what a command line may say
                 from quantplan.engine.solved import SolvedBlocks
 
                 solved = SolvedBlocks(writer.staging / "calibration")
-                _solve(resolution, data, reader, writer, solved, trust_remote_code, tell)
+                _solve(resolution, data, reader, writer, solved, workers, trust_remote_code, tell)
                 resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved.unseen)))
             with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved, collected)) as steps:
                 for step in steps:
@@ -160,7 +161,7 @@ def apply(  # noqa: PLR0913 - what a command line may say
                 check_unchanged(begun, fingerprint(resolution, layout))
                 others = other_hashes({**documents, **config}, copied)
             sha256 = data.hash if data is not None else collected.data if collected is not None else UNKNOWN
-            record = {NAME: provenance(resolution, layout, writer.hashes, others, sha256, changed)}
+            record = {NAME: provenance(resolution, layout, writer.hashes, others, workers, sha256, changed)}
             writer.publish(copied, {**documents, **record, **config})
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
@@ -198,11 +199,16 @@ def _solve(
     reader: TensorReader,
     writer: CheckpointWriter,
     solved: SolvedBlocks,
+    threads: int,
     trust_remote_code: bool,
     tell: OnStep,
 ) -> None:
+    import torch
+
     from quantplan.engine.calibrated import solve_blocks
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
             for block in blocks:
@@ -211,6 +217,8 @@ def _solve(
         if not solved.done and not writer.reused:  # the model was refused: another plan need not say --restart
             writer.forget()
         raise
+    finally:
+        torch.set_num_threads(before)
 
 
 def unseen_experts(names: Sequence[str]) -> list[Problem]:
@@ -256,7 +264,7 @@ def write_units(
     layout: OutputLayout,
     reader: TensorReader,
     writer: CheckpointWriter,
-    workers: int | None,
+    workers: int,
     solved: SolvedBlocks | None = None,
     collected: CollectedStatistics | None = None,
 ) -> Generator[Step, None, None]:

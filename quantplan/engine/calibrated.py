@@ -18,38 +18,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.assignment import Assignment
-from quantplan.calibration.read import CalibrationSet, batches
+from quantplan.calibration.read import CalibrationSet
 from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine import moments
+from quantplan.engine.arrived import Arrived, round_inputs
+from quantplan.engine.batches import Batches
 from quantplan.engine.correcting import Correcting
 from quantplan.engine.lockstep import Wait, lockstep
+from quantplan.engine.magnitudes import Magnitudes
 from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.engine.tuning import TunedBlock
 from quantplan.errors import fail
-from quantplan.kv_cache import SCALES
+from quantplan.kv_cache import SCALES, KVCache
 from quantplan.live.blocks import find_blocks
-from quantplan.live.cache import CACHE, SeenCache, takes_cache
+from quantplan.live.cache import CACHE, SeenCache, changing_cache, takes_cache
 from quantplan.live.experts import every_token_to_every_expert, routed_experts
 from quantplan.live.forward import Call, Forward
 from quantplan.live.skeleton import skeleton
 from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
-from quantplan.models.modules import Matrix, scale_group
-from quantplan.observer import ObserverConfig
+from quantplan.models.modules import Matrix
 from quantplan.plan.kv_cache import projections
 from quantplan.plan.resolve import Resolution
-from quantplan.scheme import NonFinite, Params, SchemeConfig
+from quantplan.scheme import NonFinite, Params
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
 
 WIDE = 2048  # columns from which on what statistics leave behind is worth giving back at once
-BATCH = 2048  # tokens a batch: what one forward holds of a block's inner activations
-SLICE = 192  # columns of a Hessian at a time: half of it is the mirror of the other half
-
-Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,16 @@ class _Run:
         self, resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool
     ) -> None:
         checkpoint = resolution.checkpoint
-        self.reader, self.store, self.data = reader, store, data
+        self.reader, self.store = reader, store
         self.model = skeleton(checkpoint.require_path(), trust_remote_code, torch.float32)
         self.weights = Weights(self.model, checkpoint)
         self.stacks = find_blocks(self.model)
         self.forward = Forward(self.stacks, self.weights, reader)
         self.jobs = {m.name: _Job(m, a) for a in resolution.quantized for m in a.matrices}
-        self.magnitudes = _Magnitudes(self.jobs, self.weights)
+        self.magnitudes = Magnitudes((job.matrix for job in self.jobs.values()), self._largest)
         self.all_experts = resolution.calibration.all_experts
         self.has_float = any("drift" in a.algorithm.needs or a.algorithm.tunes for a in resolution.quantized)
-        size = max(1, BATCH // data.length)
-        self.batches = list(batches(data, self.model.config, size))
-        self.masks = [mask.reshape(-1) for mask in data.mask.split(size)]
+        self.batches = Batches(data, self.model.config)
         self._check_places(resolution)
         self._check_experts(resolution)
         treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
@@ -137,8 +135,8 @@ class _Run:
         for assignment in resolution.needs_data:
             for matrix in assignment.matrices:
                 if not all(p.parameter.startswith(inside) for p in self.weights.place_of(matrix)):
-                    taker = f"'{assignment.algorithm.name}'" if assignment.algorithm.needs else "its static activations"
-                    advice = "give it algorithm: rtn in an override" if assignment.algorithm.needs else "give it aq: null"
+                    taker = f"'{assignment.algorithm.name}'" if assignment.algorithm.takes_data else "its static activations"
+                    advice = "give it algorithm: rtn in an override" if assignment.algorithm.takes_data else "give it aq: null"
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
                     raise fail("QP224", text, advice)
 
@@ -147,6 +145,10 @@ class _Run:
         if self.all_experts and not any(routed_experts(self.model.get_submodule(name)) for name in self.stacks.names):
             text = "the model has no experts that could be given every token"
             raise fail("QP224", text, "leave out calibration: all_experts", file=resolution.checkpoint.source)
+
+    def _largest(self, matrix: Matrix) -> Tensor:
+        """`max |w|` of a matrix in the loaded block, as transforms left it."""
+        return torch.stack([p.view(self.model).abs().amax() for p in self.weights.place_of(matrix)]).amax()
 
     def blocks(self) -> Iterator[SolvedBlock]:
         total, done = len(self.stacks.names), self.store.done
@@ -163,11 +165,11 @@ class _Run:
             skip, start = max(0, number - start), start + len(stack.blocks)
             if s < len(ends):
                 continue
-            captured = self.forward.capture(s, self.batches, ends)
+            captured = self.forward.capture(s, self.batches.inputs, ends)
             hidden, calls = captured.hidden, captured.calls
             exact, exact_calls = hidden, calls
             if self.has_float and ends:
-                again = self.forward.capture(s, self.batches, exact_ends)
+                again = self.forward.capture(s, self.batches.inputs, exact_ends)
                 exact, exact_calls = again.hidden, again.calls
             hidden = [h.float() for h in hidden]
             exact = [h.float() for h in exact] if self.has_float else []
@@ -205,17 +207,6 @@ def _unpacked_all(saved: Mapping[str, Tensor], name: str) -> list[list[Tensor]]:
 
 
 @dataclass
-class _Inputs:
-    """What came to one point, and to those after it that are given the same: fused siblings, which must share one range."""
-
-    given: Mapping[int, Tensor]  # held, so that nothing else can come to lie where they do
-    activations: tuple[SchemeConfig | None, ObserverConfig | None]
-    rounded: Mapping[int, Tensor]  # as the quantized model computes with them
-    params: Params  # of static activations
-    statistics: Statistics | None = None
-
-
-@dataclass
 class _Block:
     """One block while it is solved."""
 
@@ -229,7 +220,7 @@ class _Block:
     ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
     unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
-    _last: _Inputs | None = None
+    _last: Arrived | None = None
 
     def solve(self, hidden: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The hidden states after the block, of both chains; its matrices are in `solved`."""
@@ -243,7 +234,7 @@ class _Block:
             if len(self.attentions) > 1:
                 text = f"'{self.name}' has several attentions, whose keys and values cannot be told apart"
                 raise fail("QP224", text, "leave kv_cache out")
-            self.inside = {k: v for k, v in run.weights.matrices_at().items() if k[0].startswith(f"{self.name}.")}
+            self.inside = run.weights.matrices_in(self.name)
             runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
             self.first = len(runs)
             runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=bool(self.calls))]
@@ -262,9 +253,9 @@ class _Block:
         for i, (call, state) in enumerate(zip(self.calls, hidden, strict=True)):
 
             def see(name: str, index: int | None, inputs: Tensor, batch: int = i) -> None:
-                seen(name, index, self._counted(inputs, batch))
+                seen(name, index, self.run.batches.counted(inputs, batch))
 
-            with torch.no_grad(), _compute(), watching(self.module, see, self.name):
+            with torch.no_grad(), moments.computing(), watching(self.module, see, self.name):
                 call(self.module, state)
 
     def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
@@ -284,7 +275,7 @@ class _Block:
                 return None if answer is inputs else answer
 
             everywhere = every_token_to_every_expert(module) if self.run.all_experts else contextlib.nullcontext()
-            with torch.no_grad(), _compute(), watching(module, seen, self.name), everywhere:
+            with torch.no_grad(), moments.computing(), watching(module, seen, self.name), everywhere:
                 return asked(module, hidden).float()
 
         return forward
@@ -301,18 +292,18 @@ class _Block:
         if module in self.attentions and scale in SCALES:
             return self._cached(self.attentions[module], scale, inputs)
         names = [n for n in self.inside[point] if n in self.run.jobs]
-        if not names:
+        arrived = self._arrived(inputs, names[0]) if names else None
+        if arrived is None:
             return inputs
-        met = self._inputs(inputs, names[0])
         unsolved = [n for n in names if n not in self.solved]
-        needs = frozenset().union(*(self.run.jobs[n].assignment.algorithm.needs for n in unsolved))
-        statistics = self._statistics(met, "drift" in needs) if needs else None
+        needs = any(self.run.jobs[n].assignment.algorithm.needs for n in unsolved)
+        statistics = arrived.statistics if needs else None
         for name in unsolved:
-            mean, solve = partial(self._mean, met), partial(self._solve, name, statistics)
-            self.changed |= self.run.correcting.around(self.run.jobs[name].matrix, mean, solve)
-            if met.params:
-                self.ranges[name] = met.params
-        return met.rounded
+            solve = partial(self._solve, name, statistics)
+            self.changed |= self.run.correcting.around(self.run.jobs[name].matrix, arrived.mean, solve)
+            if arrived.params:
+                self.ranges[name] = arrived.params
+        return {**inputs, **{i + self.first: x for i, x in arrived.rounded.items()}}
 
     def _cached(self, module: str, scale: str, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         """Keys or values of all batches `[batch, heads, tokens, features]`, as they come out of the cache."""
@@ -320,82 +311,32 @@ class _Block:
         assert cache is not None
         quantized = {i: x for i, x in states.items() if i >= self.first}
         try:
-            counted = [self._counted(x.transpose(1, 2).flatten(0, 1), i - self.first) for i, x in quantized.items()]
-            found = cache.find_scale(counted)
+            found = cache.find_scale([
+                self.run.batches.counted(x.transpose(1, 2).flatten(0, 1), i - self.first) for i, x in quantized.items()
+            ])  # fmt: skip
         except NonFinite:
             raise fail("QP601", "NaN or infinity in keys or values", "leave kv_cache out", tensor=f"{module}.{scale}") from None
         self.ranges.setdefault(module, {})[scale] = found
         return {**states, **{i: cache.rounded(x, found) for i, x in quantized.items()}}
 
-    def _inputs(self, given: Mapping[int, Tensor], name: str) -> _Inputs:
-        """What came to one point, rounded as the assignment of the matrix there says: weights are fitted to inputs as they will
-        be, and so are the blocks after. The same as before where the inputs are."""
-        assignment = self.run.jobs[name].assignment
-        last, activations = self._last, (assignment.aq, assignment.observer)
-        if last is not None and last.activations == activations and _same_memory(last.given, given):
-            return last
+    def _arrived(self, inputs: Mapping[int, Tensor], name: str) -> Arrived | None:
+        """What came to a point from the runs of both chains, for the matrix there; the same as before where that serves. None
+        where the quantized chain brought nothing."""
+        quantized = {i - self.first: x for i, x in inputs.items() if i >= self.first}
+        assignment, last = self.run.jobs[name].assignment, self._last
+        if not quantized or (last is not None and last.serves(quantized, assignment)):
+            return last if quantized else None
         self._last = last = None  # its statistics are not held while the next ones are made
-        if next(iter(given.values())).shape[-1] >= WIDE:
+        if next(iter(quantized.values())).shape[-1] >= WIDE:
             return_memory()
-        made = _Inputs(given, activations, given, {})
-        if assignment.aq is not None:
-            try:
-                made = self._rounded(made, name, assignment.aq, assignment.observer)
-            except NonFinite:
-                raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
+        exact = {i: x for i, x in inputs.items() if i < self.first}
+        made = Arrived(quantized, exact, assignment, self.run.batches, self.ranges.get(name))
+        try:
+            made.rounded  # noqa: B018  computed once, here, where the name is known
+        except NonFinite:
+            raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
         self._last = made
         return made
-
-    def _rounded(self, made: _Inputs, name: str, aq: SchemeConfig, observer: ObserverConfig | None) -> _Inputs:
-        quantizer = aq.quantizer(name)
-        quantized = {i: x for i, x in made.given.items() if i >= self.first}
-        if observer is None:
-            return replace(made, rounded={**made.given, **{i: quantizer.fake_quantize(x) for i, x in quantized.items()}})
-        params = self.ranges.get(name)  # a module that is used again keeps its range
-        if params is None:
-            observing = observer.observer()
-            for i, x in quantized.items():
-                observing.update(self._counted(x, i - self.first))
-            params = quantizer.fit_static(observing.result(quantizer))
-        rounded = {i: quantizer.round_static(x, params) for i, x in quantized.items()}
-        return replace(made, rounded={**made.given, **rounded}, params=params)
-
-    def _statistics(self, met: _Inputs, drift: bool) -> Statistics:
-        """Of what came to one point, rounded; the same as before for a matrix that shares its inputs with the one before."""
-        inputs = met.rounded
-        if met.statistics is None:
-            columns = next(iter(inputs.values())).shape[-1]
-            hessian, moved, count = torch.zeros(columns, columns), torch.zeros(columns, columns), 0
-            paired = drift and all(self._pairs(inputs, i) for i in inputs if i >= self.first)
-            for i, x in inputs.items():
-                if i < self.first:
-                    continue
-                x = self._counted(x.float(), i - self.first)
-                add_products(hessian, x)
-                count += len(x)
-                if paired:
-                    y = self._counted(inputs[i - self.first].float(), i - self.first)
-                    moved += ((y - x).to(fast_dtype()).t() @ x.to(fast_dtype())).float()
-            count = max(count, 1)
-            hessian.tril_().add_(hessian.tril(-1).t())
-            met.statistics = Statistics(hessian.div_(count), count, moved.div_(count) if paired else None)
-        return met.statistics
-
-    def _mean(self, met: _Inputs) -> Tensor:
-        """Of the inputs as the quantized model computes with them, `[columns]`."""
-        counted = [self._counted(x.float(), i - self.first) for i, x in met.rounded.items() if i >= self.first]
-        return torch.cat(counted).mean(0)
-
-    def _pairs(self, inputs: Mapping[int, Tensor], i: int) -> bool:
-        """Whether what run `i` brought is of the same tokens as what the float chain's run brought: all of a batch's. A quantized
-        router sends tokens elsewhere, so the inputs of one expert are not the same tokens even where they are as many."""
-        tokens = len(self.run.masks[i - self.first])
-        return len(inputs[i]) == tokens and i - self.first in inputs and len(inputs[i - self.first]) == tokens
-
-    def _counted(self, x: Tensor, batch: int) -> Tensor:
-        """The tokens that count. Experts are given tokens of their own choice, and all of them count."""
-        mask = self.run.masks[batch]
-        return x[mask] if len(mask) == len(x) and not mask.all() else x
 
     def _solve(self, name: str, statistics: Statistics | None) -> None:
         job = self.run.jobs[name]
@@ -407,7 +348,8 @@ class _Block:
         places = self.run.weights.place_of(job.matrix)
         weight = torch.cat([p.view(self.run.model) for p in places]).float()
         try:
-            made = algorithm.solve(weight, wq.quantizer(name), self.run.magnitudes.of(job), statistics)
+            absmax = self.run.magnitudes.of(job.matrix) if wq.needs_absmax else None
+            made = algorithm.solve(weight, wq.quantizer(name), absmax, statistics)
         except NonFinite:
             advice = "mend the checkpoint, or keep the module: keep: true"
             raise fail("QP601", "NaN or infinity in the weight or its inputs", advice, tensor=job.matrix.tensor) from None
@@ -434,18 +376,40 @@ class _Block:
                 parameter = places[0].parameter.removeprefix(f"{self.name}.")
                 chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = parameter
         changed: dict[str, QuantizedTensor] = {}
-        for algorithm, parameters in chosen.items():
-            weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
-            started = {n: self.solved[n] for n in parameters}
-            problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, _compute)
-            changed |= algorithm.tune(problem)
-            for name, made in changed.items():
-                self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))
-        self.solved |= changed
-        if not changed:
-            return []
-        with torch.no_grad(), _compute():
-            return [call(self.module, state).float() for call, state in zip(self.calls, hidden, strict=True)]
+        with self._rounding():
+            for algorithm, parameters in chosen.items():
+                weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
+                started = {n: self.solved[n] for n in parameters}
+                problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, moments.computing)
+                tuned = algorithm.tune(problem)
+                for name, made in tuned.items():
+                    self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))
+                changed |= tuned
+            self.solved |= changed
+            if not changed:
+                return []
+            with torch.no_grad(), moments.computing():
+                return [call(self.module, state).float() for call, state in zip(self.calls, hidden, strict=True)]
+
+    @contextlib.contextmanager
+    def _rounding(self) -> Iterator[None]:
+        """While it is open, the solved block rounds the inputs of its linears and its key-value cache as the quantized model
+        will. Gradients pass straight through. Fused experts are given theirs as they are."""
+        with contextlib.ExitStack() as undo:
+            for (parameter, _), names in self.inside.items():
+                module = self.run.model.get_submodule(parameter.rpartition(".")[0])
+                treated = next((n for n in names if n in self.run.jobs and self.run.jobs[n].assignment.aq is not None), None)
+                if treated is None or not isinstance(module, nn.Linear | Conv1D):
+                    continue
+                rounding = partial(
+                    round_inputs, assignment=self.run.jobs[treated].assignment, params=self.ranges.get(treated, {})
+                )
+                undo.callback(module.register_forward_pre_hook(partial(_round_straight, rounding)).remove)
+            for name, stored in self.attentions.items():
+                assert self.run.cache is not None
+                change = partial(_through_cache, self.run.cache, self.ranges[stored])
+                undo.callback(changing_cache(self.run.model.get_submodule(name), change).remove)
+            yield
 
     def _solve_unseen(self) -> None:
         """What no token came to. Raises QP605 for a matrix, or a cache, that every token should have come to."""
@@ -457,18 +421,26 @@ class _Block:
                 job = self.run.jobs.get(name)
                 if job is None or name in self.solved:
                     continue
-                takes = job.assignment.algorithm.needs or job.assignment.observer is not None
+                takes = job.assignment.algorithm.takes_data or job.assignment.observer is not None
                 if takes and index is None and ".experts." not in parameter:
                     text = f"'{name}' was given no input: the model never used it for these data"
                     raise fail("QP605", text, "give it algorithm: rtn, and no static activations, in an override")
                 self._solve(name, None)
 
 
-def _same_memory(first: Mapping[int, Tensor], second: Mapping[int, Tensor]) -> bool:
-    """Whether two sets of inputs are the same tensors, seen through views of their own."""
-    return first.keys() == second.keys() and all(
-        first[i].data_ptr() == second[i].data_ptr() and first[i].shape == second[i].shape for i in first
-    )
+def _round_straight(rounding: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A hook before a module: its inputs rounded, with the gradients of those that were not."""
+    x, *others = inputs
+    with torch.no_grad():
+        moved = rounding(x.reshape(-1, x.shape[-1]).float()).reshape(x.shape).to(x.dtype) - x
+    return (x + moved, *others)
+
+
+def _through_cache(cache: KVCache, scales: Params, name: str, states: Tensor) -> Tensor:
+    """Keys or values as they come out of the cache, with the gradients of those that were not rounded."""
+    with torch.no_grad():
+        moved = cache.rounded(states, scales[name]) - states
+    return states + moved
 
 
 def return_memory() -> None:
@@ -476,44 +448,3 @@ def return_memory() -> None:
     threads in a calibration. Does nothing where the C library is not glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def add_products(total: Tensor, x: Tensor) -> None:
-    """Adds the lower triangle of `x^T x` to `total` `[columns, columns]`; `x` is float32 `[tokens, columns]`."""
-    for start in range(0, x.shape[1], SLICE):
-        total[start:, start : start + SLICE].addmm_(x[:, start:].t(), x[:, start : start + SLICE])
-
-
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this processor multiplies it faster than float32, else float32."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-@contextlib.contextmanager
-def _compute() -> Iterator[None]:
-    """Products in the fast dtype, everything else in float32."""
-    with torch.autocast("cpu", fast_dtype(), enabled=fast_dtype() != torch.float32):
-        yield
-
-
-class _Magnitudes:
-    """Largest magnitudes that fused matrices share, for schemes with a scale of the whole tensor: of a loaded block, as
-    transforms left it and before the first of them is solved."""
-
-    def __init__(self, jobs: Mapping[str, _Job], weights: Weights) -> None:
-        self._weights = weights
-        self._members: dict[str, list[Matrix]] = {}
-        self._known: dict[str, Tensor] = {}
-        for name, job in jobs.items():
-            self._members.setdefault(scale_group(name), []).append(job.matrix)
-
-    def of(self, job: _Job) -> Tensor | None:
-        wq = job.assignment.wq
-        if wq is None or not wq.needs_absmax:
-            return None
-        key = scale_group(job.matrix.name)
-        if key not in self._known:
-            model, places = self._weights.model, [p for m in self._members[key] for p in self._weights.place_of(m)]
-            self._known[key] = torch.stack([p.view(model).abs().amax() for p in places]).amax().float()
-        return self._known[key]

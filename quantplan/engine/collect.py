@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantplan.calibration.read import CalibrationSet, batches, read_calibration
+from quantplan.calibration.read import CalibrationSet, read_calibration
 from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine import moments
 from quantplan.engine.apply import OnStep, Step, check_target, with_weights
-from quantplan.engine.calibrated import BATCH, Point, add_products, fast_dtype
-from quantplan.engine.collected import StatisticsWriter, empty_moments
+from quantplan.engine.batches import Batches
+from quantplan.engine.collected import StatisticsWriter
 from quantplan.errors import Problem, QuantplanError
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
@@ -93,9 +94,7 @@ class _Collecting:
     def __init__(self, weights: Weights, reader: TensorReader, data: CalibrationSet, all_experts: bool) -> None:
         self.weights, self.reader, self.all_experts = weights, reader, all_experts
         self.stacks = find_blocks(weights.model)
-        size = max(1, BATCH // data.length)
-        self.batches = list(batches(data, weights.model.config, size))
-        self.masks = [mask.reshape(-1) for mask in data.mask.split(size)]
+        self.batches = Batches(data, weights.model.config)
         self.total, self.inputs, self.matrices = len(self.stacks.names), 0, 0
 
     def blocks(self, writer: StatisticsWriter, tell: Callable[[Step], None]) -> None:
@@ -103,7 +102,7 @@ class _Collecting:
         forward, number = Forward(self.stacks, self.weights, self.reader), 0
         ends: list[list[Tensor]] = []
         for s, stack in enumerate(self.stacks.stacks):
-            captured = forward.capture(s, self.batches, ends)
+            captured = forward.capture(s, self.batches.inputs, ends)
             hidden = [h.float() for h in captured.hidden]
             for name, calls in zip(stack.blocks, captured.calls, strict=True):
                 self.weights.load(name, self.reader)
@@ -121,32 +120,33 @@ class _Collecting:
         if not calls:  # the model skips the block
             return list(hidden)
         module = self.weights.model.get_submodule(name)
-        inside = {k: v for k, v in self.weights.matrices_at().items() if k[0].startswith(f"{name}.")}
-        seen = _Seen(inside)
+        seen = _Seen(self.weights.matrices_in(name), self.batches)
         after = [
-            self._forward(module, name, call, state, seen, mask)
-            for call, state, mask in zip(calls, hidden, self.masks, strict=True)
+            self._forward(module, name, call, state, seen, i) for i, (call, state) in enumerate(zip(calls, hidden, strict=True))
         ]
-        moments, matrices = seen.finished()
-        writer.add(number, moments, matrices)
-        self.inputs, self.matrices = self.inputs + len(moments), self.matrices + sum(map(len, matrices.values()))
+        found, matrices = seen.finished()
+        writer.add(number, found, matrices)
+        self.inputs, self.matrices = self.inputs + len(found), self.matrices + sum(map(len, matrices.values()))
         return after
 
-    def _forward(self, module: nn.Module, name: str, call: Call, hidden: Tensor, seen: _Seen, mask: Tensor) -> Tensor:
-        fast, last = fast_dtype(), _Last()
+    def _forward(self, module: nn.Module, name: str, call: Call, hidden: Tensor, seen: _Seen, batch: int) -> Tensor:
+        last = _Last()
 
         def see(parameter: str, index: int | None, inputs: Tensor) -> None:
             point = (parameter, index)
             if not (self.all_experts and point in last.slabs):  # the call that follows those with every token counts no more
-                seen(last, point, inputs, mask)
+                seen(last, point, inputs, batch)
             if index is not None:
                 last.slabs.add(point)
 
-        with torch.autocast("cpu", fast, enabled=fast != torch.float32), watching(module, see, name):
+        with moments.computing(), watching(module, see, name):
             if not self.all_experts:
                 return call(module, hidden).float()
             with every_token_to_every_expert(module):
                 return call(module, hidden).float()
+
+
+Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one
 
 
 class _Last:
@@ -161,38 +161,33 @@ class _Last:
 class _Seen:
     """What comes to the points of one block."""
 
-    def __init__(self, inside: Mapping[Point, list[str]]) -> None:
-        self._inside = inside
+    def __init__(self, inside: Mapping[Point, list[str]], batches: Batches) -> None:
+        self._inside, self._batches = inside, batches
         self._leaders: dict[Point, Point] = {}  # point -> the first that is given the same inputs
-        self._moments: dict[Point, dict[str, Tensor]] = {}
+        self._hessians: dict[Point, moments.SecondMoment] = {}
+        self._absmax: dict[Point, Tensor] = {}
 
-    def __call__(self, last: _Last, point: Point, inputs: Tensor, mask: Tensor) -> None:
+    def __call__(self, last: _Last, point: Point, inputs: Tensor, batch: int) -> None:
         if point not in self._inside:
             return
         same = last.inputs is not None and last.inputs.data_ptr() == inputs.data_ptr() and last.inputs.shape == inputs.shape
         leader = self._leaders.setdefault(point, last.leader if same and last.leader is not None else point)
         if not same:
             last.inputs, last.leader = inputs, leader
-        if leader != point:
+        x = self._batches.counted(inputs.float(), batch)
+        if leader != point or not len(x):
             return
-        x = inputs.float()
-        x = x[mask] if len(mask) == len(x) and not mask.all() else x
-        moments = self._moments.setdefault(point, empty_moments(x.shape[-1]))
-        if len(x):
-            add_products(moments["hessian"], x)
-            torch.maximum(moments["absmax"], x.abs().amax(0), out=moments["absmax"])
-            moments["count"] += len(x)
+        columns = x.shape[-1]
+        self._hessians.setdefault(point, moments.SecondMoment(columns)).add(x)
+        absmax = self._absmax.setdefault(point, torch.zeros(columns))
+        torch.maximum(absmax, x.abs().amax(0), out=absmax)
 
     def finished(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
-        """Moments by the name of an input, that of the first matrix which is given it; and the matrices of each input. Inputs
+        """Statistics by the name of an input, that of the first matrix which is given it; and the matrices of each input. Inputs
         that no token came to are left out."""
-        names = {point: self._inside[point][0] for point in self._moments}
-        moments, matrices = {}, {}
-        for point, found in self._moments.items():
-            count = int(found["count"])
-            if count:
-                hessian = found["hessian"]
-                found["hessian"] = (hessian.tril() + hessian.tril(-1).t()).div_(count)
-                moments[names[point]] = found
-                matrices[names[point]] = [m for p, leader in self._leaders.items() if leader == point for m in self._inside[p]]
-        return moments, matrices
+        found, matrices = {}, {}
+        for point, hessian in self._hessians.items():
+            name = self._inside[point][0]
+            found[name] = {"hessian": hessian.mean(), "absmax": self._absmax[point], "count": torch.tensor(hessian.count)}
+            matrices[name] = [m for p, leader in self._leaders.items() if leader == point for m in self._inside[p]]
+        return found, matrices

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -200,12 +199,3 @@ class StatisticsWriter:
             if not durable.rename(self._staging, self.out, durable.RENAME_NOREPLACE):
                 os.rename(self._staging, self.out)
             durable.sync_folder(self.out.parent)
-
-
-def empty_moments(columns: int) -> dict[str, Tensor]:
-    """What `StatisticsWriter.add` takes of one input that nothing has come to yet."""
-    return {
-        "hessian": torch.zeros(columns, columns),
-        "absmax": torch.zeros(columns),
-        "count": torch.zeros((), dtype=torch.int64),
-    }

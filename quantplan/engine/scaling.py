@@ -60,7 +60,7 @@ class Scaling:
         self._in: dict[str, list[Treated]] = {}  # parameter -> its treated matrices
         if not self._transforms:
             return
-        for (parameter, _), names in weights.matrices_at().items():
+        for (parameter, _), names in weights.matrices_at.items():
             self._in.setdefault(parameter, []).extend(Treated(n, treated[n]) for n in names if n in treated)
         self._probes = find_probes(forward).of
         self._look()

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,7 +25,6 @@ from quantplan.tensor import QuantizedTensor
 
 JOURNAL = "blocks.jsonl"
 _CHANGED = "changed"
-_FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 class SolvedBlocks:
@@ -121,7 +119,7 @@ class SolvedBlocks:
         """One more block is done: its matrices, the hidden states after it, what to say about it, for matrices with static
         activations what was found for these, and what transforms made of stored tensors (None: of one that is quantized)."""
         number = len(self.done)
-        file = f"block-{number:05}.safetensors"
+        file = _block(number)
         tensors = {f"{name}/{part}": t for name, q in solved.items() for part, t in {"codes": q.codes, **q.params}.items()}
         tensors |= {f"{name}/input/{part}": t.clone() for name, params in inputs.items() for part, t in params.items()}
         tensors |= {f"{name}/{_CHANGED}": t for name, t in changed.items() if t is not None}

@@ -6,11 +6,10 @@ which is also several times faster than whole matrices.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +17,9 @@ import torch
 from quantplan.algorithm import ALGORITHMS
 from quantplan.checkpoint.layout import Unit
 from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine.magnitudes import Magnitudes
 from quantplan.errors import fail
-from quantplan.models.modules import Matrix, scale_group
+from quantplan.models.modules import Matrix
 from quantplan.scheme import BLOCK, NonFinite
 from quantplan.tensor import QuantizedTensor, concatenate
 
@@ -36,7 +36,7 @@ LOOKAHEAD = 2  # units in flight beyond one a worker
 def quantized(
     units: Iterable[Unit],
     reader: TensorReader,
-    workers: int | None = None,
+    workers: int,
     solved: SolvedBlocks | None = None,
     collected: CollectedStatistics | None = None,
 ) -> Generator[tuple[Unit, QuantizedTensor], None, None]:
@@ -44,9 +44,9 @@ def quantized(
     `collected`: for algorithms that need statistics; matrices that it has none of are rounded.
 
     Raises QP601 for NaN or infinity in a weight."""
-    workers = workers or os.cpu_count() or 1
     units = list(units)
-    magnitudes = _Magnitudes(reader, units)
+    sharing = (u.matrix for u in units if u.matrix and u.assignment and u.assignment.wq and u.assignment.wq.needs_absmax)
+    magnitudes = Magnitudes(sharing, partial(_largest, reader))
     pending: deque[tuple[Unit, Future[QuantizedTensor]]] = deque()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # parallel over units: threads within an operation would only fight
@@ -71,7 +71,7 @@ def quantized(
 def _quantize(
     unit: Unit,
     reader: TensorReader,
-    magnitudes: _Magnitudes,
+    magnitudes: Magnitudes,
     solved: SolvedBlocks | None,
     collected: CollectedStatistics | None,
 ) -> QuantizedTensor:
@@ -112,30 +112,11 @@ def _non_finite(matrix: Matrix, reader: TensorReader) -> Exception:
     return fail("QP601", text, "mend the checkpoint, or keep the module: keep: true", file=file, tensor=matrix.tensor)
 
 
-class _Magnitudes:
-    """Largest magnitudes shared by the matrices an engine fuses, each computed once, by whoever needs it first."""
-
-    def __init__(self, reader: TensorReader, units: Iterable[Unit]) -> None:
-        self._reader = reader
-        self._members: dict[str, list[Matrix]] = {}
-        self._known: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
-        for unit in units:
-            if unit.matrix and unit.assignment and unit.assignment.wq and unit.assignment.wq.needs_absmax:
-                self._members.setdefault(scale_group(unit.matrix.name), []).append(unit.matrix)
-
-    def of(self, matrix: Matrix) -> Tensor:
-        """`max |w|` over the matrix and those fused with it, float32 0-d. Raises NonFinite."""
-        key = scale_group(matrix.name)
-        with self._lock:
-            if key not in self._known:
-                self._known[key] = torch.stack([self._largest(m) for m in self._members[key]]).amax()
-            return self._known[key]
-
-    def _largest(self, matrix: Matrix) -> Tensor:
-        rows = _rows_at_once(matrix)
-        pieces = (self._reader.read_rows(matrix, r, min(r + rows, matrix.rows)) for r in range(0, matrix.rows, rows))
-        largest = torch.stack([piece.abs().amax() for piece in pieces]).amax().float()
-        if not torch.isfinite(largest):
-            raise _non_finite(matrix, self._reader)
-        return largest
+def _largest(reader: TensorReader, matrix: Matrix) -> Tensor:
+    """`max |w|`, read in pieces. Raises QP601."""
+    rows = _rows_at_once(matrix)
+    pieces = (reader.read_rows(matrix, r, min(r + rows, matrix.rows)) for r in range(0, matrix.rows, rows))
+    largest = torch.stack([piece.abs().amax() for piece in pieces]).amax().float()
+    if not torch.isfinite(largest):
+        raise _non_finite(matrix, reader)
+    return largest

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from quantplan.checkpoint.reader import TORCH_DTYPES
 from quantplan.kv_cache import SCALES, KVCache
@@ -45,8 +46,13 @@ def round_cache(module: nn.Module, cache: KVCache, device: torch.device | str | 
     for name, (dtype, shape) in cache.layout("").items():
         module.register_buffer(name[1:], torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[dtype]), device=device))
 
-    def hand_over(module: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        seen = SeenCache(options.get(CACHE), lambda name, states: cache.rounded(states, getattr(module, name)))
-        return arguments, {**options, CACHE: seen}
+    changing_cache(module, lambda name, states: cache.rounded(states, getattr(module, name)))
 
-    module.register_forward_pre_hook(hand_over, with_kwargs=True)
+
+def changing_cache(module: nn.Module, change: Callable[[str, Tensor], Tensor]) -> RemovableHandle:
+    """Makes an attention module compute with what `change` makes of its keys and values: see `SeenCache`."""
+
+    def hand_over(module: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, {**options, CACHE: SeenCache(options.get(CACHE), change)}
+
+    return module.register_forward_pre_hook(hand_over, with_kwargs=True)

@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -112,6 +112,7 @@ class Weights:
             raise fail("QP223", text, RTN_DOES_WITHOUT, file=self.checkpoint.source, tensor=matrix.tensor)
         return found
 
+    @cached_property
     def matrices_at(self) -> dict[tuple[str, int | None], list[str]]:
         """(parameter, slab) -> the stored matrices that are in it, in order: what an input seen there is the input of."""
         found: dict[tuple[str, int | None], list[str]] = {}
@@ -119,6 +120,10 @@ class Weights:
             for place in places:
                 found.setdefault((place.parameter, place.index), []).append(name)
         return found
+
+    def matrices_in(self, module: str) -> dict[tuple[str, int | None], list[str]]:
+        """`matrices_at`, for the parameters of one module."""
+        return {point: names for point, names in self.matrices_at.items() if point[0].startswith(f"{module}.")}
 
     def sharing(self, name: str) -> list[str]:
         """The other parameters made of the same stored tensors as parameter `name`: whoever changes one changes them all."""

@@ -95,7 +95,7 @@ def _live_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Module]
 def _check_assignments(model: nn.Module, assignments: Iterable[Assignment]) -> None:
     """What would stop the work half-way is found before it begins."""
     for assignment in assignments:
-        if assignment.algorithm.needs:
+        if assignment.algorithm.takes_data:
             text = f"algorithm '{assignment.algorithm.name}' takes calibration, which models in memory are not given yet"
             raise fail("QP222", text, "use quantplan.apply, or an algorithm without calibration, such as rtn")
         if model.get_parameter(assignment.module.tensor.name).is_meta:

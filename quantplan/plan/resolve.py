@@ -55,7 +55,7 @@ class Resolution:
     @property
     def needs_data(self) -> list[Assignment]:
         """The assignments that take calibration: for their weights, or for a static range of their activations."""
-        return [a for a in self.quantized if a.algorithm.needs or a.observer is not None]
+        return [a for a in self.quantized if a.algorithm.takes_data or a.observer is not None]
 
     @property
     def takes_data(self) -> bool:
