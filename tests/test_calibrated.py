@@ -236,8 +236,12 @@ def test_later_matrices_see_the_quantized_model_and_know_the_drift(
     assert len(recorded) == 21
 
 
-def test_siblings_share_statistics_and_others_do_not(folder: Path, tmp_path: Path, recorded: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_siblings_share_statistics_and_others_do_not(
+    folder: Path, tmp_path: Path, recorded: dict[str, Any], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """`o_proj` is kept: nothing comes between what the norms before and after it make, which lie in the same memory."""
+    monkeypatch.setattr(moments, "fast_dtype", lambda: dtype)
     plan = plan_for(folder)
     plan["overrides"].append({"pattern": "*.o_proj", "keep": True})
     path = zoo.build("llama", folder)

@@ -216,3 +216,61 @@ def test_what_a_run_brings_is_not_held_after_it_has_gone_on() -> None:
         return values
 
     lockstep([run] * 3, meet, rank)
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_as_many_as_asked_run_at_once(at_once: int) -> None:
+    """All slots are used, and no more: every run waits inside until `at_once` of them are in."""
+    inside, most, lock, full = [0], [0], threading.Lock(), threading.Barrier(at_once)
+
+    def run(wait: Wait[Any]) -> list[Any]:
+        answers = []
+        for point in range(3):
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            full.wait(10)
+            with lock:
+                inside[0] -= 1
+            answers.append(wait(point, point))
+        return answers
+
+    met: list[tuple[Any, list[int]]] = []
+
+    def meet(point: Any, values: Mapping[int, Any]) -> Mapping[int, Any]:
+        assert inside[0] == 0  # all have come to a point
+        met.append((point, list(values)))
+        return {i: (point, i) for i in values}
+
+    results = lockstep([run] * (2 * at_once), meet, rank, at_once)
+    assert most[0] == at_once
+    assert met == [(point, list(range(2 * at_once))) for point in range(3)]
+    assert results == [[(point, i) for point in range(3)] for i in range(2 * at_once)]
+
+
+def test_the_first_runs_exception_is_raised_when_several_go_on_at_once() -> None:
+    second_failed = threading.Event()
+
+    def first(wait: Wait[Any]) -> None:
+        wait(0, None)
+        assert second_failed.wait(10)
+        raise KeyError("first")
+
+    def second(wait: Wait[Any]) -> None:
+        wait(0, None)
+        second_failed.set()
+        raise KeyError("second")
+
+    with pytest.raises(KeyError, match="first"):
+        lockstep([first, second, through(0, 1)], lambda point, values: values, rank, at_once=2)
+
+
+def test_points_may_be_left_out_when_several_go_on_at_once() -> None:
+    met: list[tuple[Any, list[int]]] = []
+
+    def meet(point: Any, values: Mapping[int, Any]) -> Mapping[int, Any]:
+        met.append((point, list(values)))
+        return values
+
+    lockstep([through(1, 2, 5), through(2, 3), through(), through(4), through(1, 5)], meet, rank, at_once=3)
+    assert met == [(1, [0, 4]), (2, [0, 1]), (3, [1]), (4, [3]), (5, [0, 4])]

@@ -69,11 +69,11 @@ class Arrived:
         hessian, fast = moments.SecondMoment(columns), moments.fast_dtype()
         moved = torch.zeros(columns, columns) if paired else None
         for i, inputs in self.rounded.items():
-            x = self.batches.counted(inputs.float(), i)
+            x = self.batches.counted(inputs, i)
             hessian.add(x)
             if moved is not None:
-                away = self.batches.counted(self.exact[i].float(), i) - x
-                moved += (away.to(fast).t() @ x.to(fast)).float()
+                away = self.batches.counted(self.exact[i], i) - x
+                moved += away.to(fast).t() @ x.to(fast)
         drift = None if moved is None else moved.div_(max(1, hessian.count))
         return Statistics(hessian.mean(), hessian.count, drift)
 

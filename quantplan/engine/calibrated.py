@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,6 +29,7 @@ from quantplan.engine.batches import Batches
 from quantplan.engine.correcting import Correcting
 from quantplan.engine.lockstep import Wait, lockstep
 from quantplan.engine.magnitudes import Magnitudes
+from quantplan.engine.memory import keep_memory, return_memory
 from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.engine.tuning import TunedBlock
@@ -92,6 +92,7 @@ def solve_blocks(
     """Solves every matrix in the model's blocks into `store`, yielding after each block. Goes on after the blocks that `store`
     has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight, QP605 when a
     matrix that needs data was never given any."""
+    keep_memory()
     run = _Run(resolution, data, reader, store, trust_remote_code)
     yield from run.blocks()
 
@@ -188,7 +189,6 @@ class _Run:
                 facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3), "unseen": block.unseen}
                 number += 1
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
-                return_memory()
                 yield SolvedBlock(name, number, total, block.losses, seconds)
 
 
@@ -238,7 +238,7 @@ class _Block:
             runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
             self.first = len(runs)
             runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=bool(self.calls))]
-            outputs = lockstep(runs, self._meet, self._rank)
+            outputs = self._lockstep(runs, [self.module, original])
             self._solve_unseen()
             if not runs:  # the model skips the block
                 return list(hidden), list(exact)
@@ -271,14 +271,34 @@ class _Block:
             def seen(name: str, index: int | None, inputs: Tensor) -> Tensor | None:
                 if (name, index) not in self.inside:
                     return None
-                answer = wait((name, index), inputs)
-                return None if answer is inputs else answer
+                given = cast(inputs)
+                answer = wait((name, index), given)
+                return None if answer is given else answer
 
-            everywhere = every_token_to_every_expert(module) if self.run.all_experts else contextlib.nullcontext()
-            with torch.no_grad(), moments.computing(), watching(module, seen, self.name), everywhere:
+            cast = _Cast(moments.fast_dtype())
+            torch.set_num_threads(1)  # of this thread: as many of them run as there are cores
+            with torch.no_grad(), moments.computing(), watching(module, seen, self.name):
                 return asked(module, hidden).float()
 
         return forward
+
+    def _lockstep(self, runs: Sequence[Callable[[Wait[Tensor]], Tensor]], modules: Iterable[nn.Module]) -> list[Tensor]:
+        """What `runs` of `modules` return. Between points a core has a run to itself: nothing waits for another core, as it would
+        within every operation. At a point, all cores work for it."""
+        threads = torch.get_num_threads()
+
+        def meet(point: Any, inputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+            torch.set_num_threads(threads)
+            answers = self._meet(point, inputs)
+            torch.set_num_threads(1)
+            return answers
+
+        with contextlib.ExitStack() as undo:
+            undo.callback(torch.set_num_threads, threads)
+            torch.set_num_threads(1)
+            for module in {id(m): m for m in modules if self.run.all_experts}.values():
+                undo.enter_context(every_token_to_every_expert(module))
+            return lockstep(runs, meet, self._rank, threads)
 
     def _rank(self, point: Any) -> tuple[int, int, int]:
         """Modules in the order they are reached; the slabs of one in theirs, and for each its parameters as they come."""
@@ -428,6 +448,20 @@ class _Block:
                 self._solve(name, None)
 
 
+class _Cast:
+    """Inputs of matrices in the dtype they are multiplied in, one tensor for those that share an input."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._last = self._made = torch.empty(0)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        last = self._last  # held: nothing else can come to lie where it does
+        if last.data_ptr() != inputs.data_ptr() or last.shape != inputs.shape:
+            self._last, self._made = inputs, inputs.to(self._dtype)
+        return self._made
+
+
 def _round_straight(rounding: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A hook before a module: its inputs rounded, with the gradients of those that were not."""
     x, *others = inputs
@@ -441,10 +475,3 @@ def _through_cache(cache: KVCache, scales: Params, name: str, states: Tensor) ->
     with torch.no_grad():
         moved = cache.rounded(states, scales[name]) - states
     return states + moved
-
-
-def return_memory() -> None:
-    """Gives freed memory back to the operating system: the C library keeps a part of what every thread frees, and there are many
-    threads in a calibration. Does nothing where the C library is not glibc."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
