@@ -4,6 +4,7 @@ kills and resumes give the same bytes."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -28,10 +29,11 @@ import quantplan
 from quantplan.algorithm import BlockProblem
 from quantplan.algorithms.autoround import AutoRound
 from quantplan.algorithms.gptq import GPTQ
+from quantplan.checkpoint import durable
 from quantplan.checkpoint.durable import remove
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.writer import staging_of
-from quantplan.engine import calibrated, moments
+from quantplan.engine import calibrated, memory, moments
 from quantplan.engine.apply import Report, Step, apply
 from quantplan.errors import QuantplanError
 from quantplan.format import FORMATS
@@ -409,6 +411,40 @@ def test_interrupted_after_every_block(folder: Path, tmp_path: Path, name: str) 
         blocks = [s.block for s in again if s.block]
         assert [b.resumed for b in blocks] == [True] * number + [False] * (total - number)
         assert [b.number for b in blocks] == list(range(1, total + 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_hidden_states_on_disk(folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short they lie in files: the same bytes, after an interruption too, and nothing is left."""
+    path, plan, kept = zoo.build(name, folder), plan_for(folder), []
+    apply(path, plan, tmp_path / "reference")
+    real = memory.on_disk
+    monkeypatch.setattr(memory, "room", lambda: 0)
+    monkeypatch.setattr(memory, "on_disk", lambda x, at: kept.append(x.shape) or real(x, at))
+    for number in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            apply(path, plan, tmp_path / "out", on_step=at_step(number))
+        assert not list(staging_of(tmp_path / "out").rglob("hidden-*"))
+    apply(path, plan, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "reference")
+    blocks = {"llama": 3, "t5": 6}[name]
+    assert len(kept) >= 2 * blocks  # of both chains
+
+
+def test_no_room_on_disk_for_hidden_states(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plan = zoo.build("llama", folder), plan_for(folder)
+    apply(path, plan, tmp_path / "reference")
+    with monkeypatch.context() as patch:
+
+        def full(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(memory, "room", lambda: 0)
+        patch.setattr(durable, "allocate", full)
+        with pytest.raises(QuantplanError, match="QP401"):
+            apply(path, plan, tmp_path / "out")
+    apply(path, plan, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(tmp_path / "reference")
 
 
 def test_interrupted_again_and_again(folder: Path, tmp_path: Path) -> None:

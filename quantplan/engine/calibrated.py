@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.assignment import Assignment
 from quantplan.calibration.read import CalibrationSet
+from quantplan.checkpoint import durable
 from quantplan.checkpoint.reader import TensorReader
-from quantplan.engine import moments
+from quantplan.engine import memory, moments
 from quantplan.engine.arrived import Arrived, round_inputs
 from quantplan.engine.batches import Batches
 from quantplan.engine.correcting import Correcting
 from quantplan.engine.lockstep import Wait, lockstep
 from quantplan.engine.magnitudes import Magnitudes
-from quantplan.engine.memory import keep_memory, return_memory
 from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.engine.tuning import TunedBlock
@@ -92,7 +92,7 @@ def solve_blocks(
     """Solves every matrix in the model's blocks into `store`, yielding after each block. Goes on after the blocks that `store`
     has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight, QP605 when a
     matrix that needs data was never given any."""
-    keep_memory()
+    memory.keep_memory()
     run = _Run(resolution, data, reader, store, trust_remote_code)
     yield from run.blocks()
 
@@ -172,8 +172,9 @@ class _Run:
             if self.has_float and ends:
                 again = self.forward.capture(s, self.batches.inputs, exact_ends)
                 exact, exact_calls = again.hidden, again.calls
-            hidden = [h.float() for h in hidden]
-            exact = [h.float() for h in exact] if self.has_float else []
+            self.spills = sum(2 * 4 * h.numel() for h in (*hidden, *(exact if self.has_float else ()))) > memory.room()
+            hidden = [self.kept(h.float()) for h in hidden]
+            exact = [self.kept(h.float()) for h in exact] if self.has_float else []
             if skip:
                 hidden, exact = _unpacked(resumed or {}, "hidden"), _unpacked(resumed or {}, "exact")
             for k, name in list(enumerate(stack.blocks))[skip:]:
@@ -190,6 +191,14 @@ class _Run:
                 number += 1
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
                 yield SolvedBlock(name, number, total, block.losses, seconds)
+
+    def kept(self, state: Tensor) -> Tensor:
+        """Where a hidden state waits for the next block: in memory, or on disk where all of them, before a block and after it,
+        are too many."""
+        if not self.spills:
+            return state
+        with durable.named_errors(self.store.folder):
+            return memory.on_disk(state, self.store.folder)
 
 
 def _packed(states: Sequence[Tensor], name: str) -> dict[str, Tensor]:
@@ -278,7 +287,7 @@ class _Block:
             cast = _Cast(moments.fast_dtype())
             torch.set_num_threads(1)  # of this thread: as many of them run as there are cores
             with torch.no_grad(), moments.computing(), watching(module, seen, self.name):
-                return asked(module, hidden).float()
+                return self.run.kept(asked(module, hidden).float())
 
         return forward
 
@@ -348,7 +357,7 @@ class _Block:
             return last if quantized else None
         self._last = last = None  # its statistics are not held while the next ones are made
         if next(iter(quantized.values())).shape[-1] >= WIDE:
-            return_memory()
+            memory.return_memory()
         exact = {i: x for i, x in inputs.items() if i < self.first}
         made = Arrived(quantized, exact, assignment, self.run.batches, self.ranges.get(name))
         try:
@@ -409,7 +418,7 @@ class _Block:
             if not changed:
                 return []
             with torch.no_grad(), moments.computing():
-                return [call(self.module, state).float() for call, state in zip(self.calls, hidden, strict=True)]
+                return [self.run.kept(call(self.module, state).float()) for call, state in zip(self.calls, hidden, strict=True)]
 
     @contextlib.contextmanager
     def _rounding(self) -> Iterator[None]:

@@ -1,9 +1,16 @@
-"""How the C library keeps memory while a calibration runs. Does nothing where that is not glibc."""
+"""Where the memory of a calibration lies: what the C library keeps, where that is glibc, and hidden states on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantplan.checkpoint import durable
 
 KEPT = 1 << 30  # bytes that are freed and not given back at once: the next batch fills them again
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # parameters of mallopt(3)
@@ -21,3 +28,19 @@ def return_memory() -> None:
     """Gives what is kept back to the operating system."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def room() -> int:
+    """Bytes that hidden states may take in memory: a quarter of what is free now. The rest is for what a block computes."""
+    import psutil
+
+    return int(psutil.virtual_memory().available // 4)
+
+
+def on_disk(x: Tensor, folder: Path) -> Tensor:
+    """A copy of `x` in a file of `folder` that has no name any more and goes when the tensor does; its pages are in memory while
+    there is room. Raises OSError where the disk is full."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix="hidden-") as file:
+        durable.allocate(file.fileno(), max(1, x.nbytes))  # a page that finds no place later would end the process
+        made = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
+        return made.copy_(x)
