@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ from quantplan.plan.resolve import Resolution
 INTERPRETER = 420 << 20  # resident size of Python with torch and the plan, seen on Linux x86-64
 PIECES = 24 << 20  # float copies of the piece a worker quantizes
 BYTES_PER_SECOND = 0.8e9  # source bytes a core quantizes by rounding, order of magnitude
+LIVE = 560 << 20  # the same as INTERPRETER with transformers and a model without weights
+IN_MEMORY = 2 << 30  # hidden states beyond this lie on disk where memory is short
+FLOPS = 1.5e11  # that a core does in a block's products, order of magnitude
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,15 @@ def estimate(resolution: Resolution, layout: OutputLayout, workers: int) -> Esti
     documents["quantplan.json"] = provenance(resolution, layout, {}, [*documents, *files], workers)
     tensor_bits = 8 * sum(t.size for t in layout.tensors.values())
     work = sum(u.source.size * (u.assignment.algorithm.passes if u.assignment else 0.3) for u in _once(units))
+    memory, seconds = _calibration(resolution, workers)
     return Estimate(
         source_bytes=resolution.checkpoint.size,
         tensor_bytes=layout.size,
         output_bytes=layout.size + written_sizes(documents, files),
         bits_per_weight=8 * sum(u.size for u in treated) / weights if weights else 0.0,
         bits_per_weight_whole=tensor_bits / everything if everything else 0.0,
-        peak_memory=_peak(units, workers),
-        seconds=round(2 + work / BYTES_PER_SECOND / workers, 1),
+        peak_memory=max(memory, _peak(units, workers)),
+        seconds=round(2 + seconds + work / BYTES_PER_SECOND / workers, 1),
         files=len(layout.files),
     )
 
@@ -74,6 +79,26 @@ def _peak(units: list[Unit], workers: int) -> int:
     casts = [2 * u.source.size for u in units if u.kind == "cast"]
     in_flight = sum(sorted(held, reverse=True)[: workers + 3])
     return INTERPRETER + workers * PIECES + in_flight + max(casts, default=0)
+
+
+def _calibration(resolution: Resolution, workers: int) -> tuple[int, float]:
+    """Peak memory and seconds of running the model on calibration data, beside what algorithms do with it; nothing where the
+    plan takes none, or its statistics were collected before. A block, the widest input's second moments and their factors, and
+    what each token leaves in memory while all batches wait at one matrix: orders of magnitude."""
+    if not resolution.takes_data or resolution.collected is not None:
+        return 0, 0.0
+    chosen = [a.algorithm for a in resolution.quantized]
+    chains = 2 if any("drift" in a.needs or a.tunes for a in chosen) else 1
+    matrices = [m for a in resolution.quantized for m in a.matrices]
+    weights, columns = sum(m.rows * m.columns for m in matrices), sorted(m.columns for m in matrices)
+    blocks = len({number.group() for m in matrices if (number := re.search(r"^.*?\.\d+\.", m.name))})
+    width, widest = columns[len(columns) // 2], columns[-1]
+    tokens = resolution.calibration.samples * resolution.calibration.sequence_length
+    moments = 6 * 4 * widest**2 if any(a.needs for a in chosen) else 0
+    hidden = min(16 * width * tokens * chains, IN_MEMORY)
+    waiting = 8 * (width + widest) * tokens * chains
+    memory = LIVE + chains * 4 * weights // max(1, blocks) + moments + hidden + waiting
+    return memory, 2 * weights * tokens * chains * (2 if moments else 1) / FLOPS / workers
 
 
 def _once(units: list[Unit]) -> list[Unit]:

@@ -31,11 +31,13 @@ from quantplan.algorithms.autoround import AutoRound
 from quantplan.algorithms.gptq import GPTQ
 from quantplan.checkpoint import durable
 from quantplan.checkpoint.durable import remove
+from quantplan.checkpoint.layout import output_layout
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.writer import staging_of
 from quantplan.engine import calibrated, memory, moments
-from quantplan.engine.apply import Report, Step, apply
+from quantplan.engine.apply import Report, Step, apply, prepare
 from quantplan.errors import QuantplanError
+from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS
 from quantplan.headers import read_checkpoint
 from quantplan.live.experts import every_token_to_every_expert, routed_experts
@@ -633,3 +635,18 @@ def test_tuning_lowers_the_blocks_error_with_rounded_activations(folder: Path, t
         apply(path, plan, tmp_path / "out")
     assert len(losses) == 2 * read_checkpoint(path).config["num_hidden_layers"]
     assert all(after <= before for before, after in losses) and any(after < 0.98 * before for before, after in losses)
+
+
+# the estimate
+
+
+def test_the_estimate_counts_calibration(folder: Path) -> None:
+    path = zoo.build("llama", folder)
+
+    def predicted(samples: int, algorithm: str = "gptq") -> Estimate:
+        resolution = prepare(path, plan_for(folder, algorithm=algorithm, samples=samples))
+        return estimate(resolution, output_layout(resolution), 2)
+
+    few, many, none = predicted(6), predicted(100_000), predicted(6, "rtn")
+    assert none.peak_memory < few.peak_memory < many.peak_memory
+    assert few.seconds < many.seconds

@@ -53,7 +53,7 @@ def run(arguments: list[str]) -> int:
         return 0
     except MemoryError:
         print(
-            "QP404 out of memory\n = help: use fewer --threads, or a larger machine; the same command goes on",
+            "QP404 out of memory\n = help: use fewer --threads or samples, or a larger machine; the same command goes on",
             file=sys.stderr,
         )
         return 4

@@ -379,7 +379,7 @@ def check_environment(predicted: Estimate, out: Path) -> None:
     available = psutil.virtual_memory().available
     if predicted.peak_memory > available:
         text = f"needs about {predicted.peak_memory:,} bytes of memory, {available:,} are available"
-        raise fail("QP404", text, "use fewer --threads, or a larger machine")
+        raise fail("QP404", text, "use fewer --threads or calibration samples, or a larger machine")
 
 
 def peak_memory() -> int:
