@@ -637,6 +637,19 @@ def test_tuning_lowers_the_blocks_error_with_rounded_activations(folder: Path, t
     assert all(after <= before for before, after in losses) and any(after < 0.98 * before for before, after in losses)
 
 
+# no data named
+
+
+def test_a_plan_that_names_no_data_is_told_what_happens(folder: Path) -> None:
+    def notes(name: str, algorithm: str = "gptq", **calibration: Any) -> list[str]:
+        plan = {**plan_for(folder, algorithm=algorithm), "calibration": calibration or None}
+        return [p.code for p in prepare(zoo.build(name, folder), plan).notes]
+
+    assert notes("llama") == notes("llama", samples=5) == ["QP237"]
+    assert notes("bert") == ["QP134"]  # it writes no text; statistics collected before would do
+    assert notes("llama", source="self") == notes("llama", "rtn") == []
+
+
 # the estimate
 
 

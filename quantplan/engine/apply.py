@@ -189,7 +189,8 @@ def _with_statistics(
     from quantplan.engine.collected import CollectedStatistics
 
     collected = CollectedStatistics(statistics)
-    problems = (*resolution.problems, *unseen_experts(collected.check(resolution)))
+    known = [p for p in resolution.problems if p.code not in ("QP134", "QP237")]  # no data are read
+    problems = (*known, *unseen_experts(collected.check(resolution)))
     return replace(resolution, problems=problems, collected=collected.settings), collected
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
@@ -101,6 +102,19 @@ def check_fit(settings: Calibration, config: Mapping[str, Any]) -> Iterator[Prob
     if most and settings.sequence_length > most and "sequence_length" in settings.model_fields_set:
         message = f"sequences of {settings.sequence_length:,} tokens are longer than the model's {most:,} positions"
         yield Problem("QP133", message, f"give {most} or less", (KEY, "sequence_length"))
+
+
+def check_default(settings: Calibration | None, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """Notes on a plan that takes calibration and names no source: the model writes the text itself (QP237), or cannot (QP134).
+    Statistics that were collected before do without either."""
+    if settings is None:
+        refused = [replace(p, severity="note") for p in check_fit(Calibration(), config)]
+        if refused:
+            yield from refused
+            return
+    if settings is None or "source" not in settings.model_fields_set:
+        text = "the plan names no calibration data, so the model writes some itself, which takes longer and fits less well"
+        yield Problem("QP237", text, "say calibration: FILE to use yours", (KEY,) if settings else (), severity="note")
 
 
 def writes_text(config: Mapping[str, Any]) -> bool:

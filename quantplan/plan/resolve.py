@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from quantplan.models.keep import KeepRule
 from quantplan.models.modules import Module, find_modules
 from quantplan.observer import ObserverConfig
 from quantplan.plan.activations import build_observer
+from quantplan.plan.calibration import check_default
 from quantplan.plan.cascade import State, cascade, keeps, lifts, live_overrides, options, origins
 from quantplan.plan.kv_cache import bind_cache
 from quantplan.plan.lint import lint
@@ -135,7 +136,10 @@ def resolve(loaded: LoadedPlan, checkpoint: Checkpoint, live: Mapping[str, Modul
     transforms = with_implied(transforms, assignments)
     problems += check_fit(plan, transforms, checkpoint, assignments, in_memory=live is not None)
     counts = {i: len(found) for i, found in enumerate(matched)}
-    return Resolution(loaded, checkpoint, assignments, _placed(loaded, problems), counts, transforms, kv_cache=kv_cache)
+    resolution = Resolution(loaded, checkpoint, assignments, (), counts, transforms, kv_cache=kv_cache)
+    if live is None and resolution.takes_data:
+        problems += check_default(plan.calibration, checkpoint.config)
+    return replace(resolution, problems=_placed(loaded, problems))
 
 
 def _placed(loaded: LoadedPlan, problems: Sequence[Problem]) -> tuple[Problem, ...]:
