@@ -34,10 +34,10 @@ class GPTQ(Algorithm):
     """how far weights make up for what layers before them did to their inputs: 1 fully, 0 not at all"""
     drift_damping: float = Field(default=1.0, gt=0, le=100)
     """what that correction adds to the Hessian's diagonal, as a share of its mean: it must not learn the noise of few data"""
-    grid: int = Field(default=16, ge=2, le=1000)
+    grid: int = Field(default=24, ge=2, le=1000)
     """ranges the scale search tries"""
-    lowest: float = Field(default=0.6, gt=0, lt=1)
-    """the narrowest of them, as a share of the full one"""
+    lowest: float | None = Field(default=None, gt=0, lt=1)
+    """the narrowest of them, as a share of the full one; by default 0.6, and 0.3 for schemes of 3 bits and fewer"""
     signed_scales: bool = True
     """scales of symmetric integers may be negative, so that all levels are used whatever the sign of the largest weight"""
     refits: int = Field(default=1, ge=0, le=100)
@@ -68,7 +68,8 @@ class GPTQ(Algorithm):
         upper = statistics.factor(self.damping, order)
         importance = torch.empty_like(diagonal)
         importance[order] = upper.diagonal().square().reciprocal()  # what an error there costs once the rest made up for it
-        ranges = Ranges(self.grid, self.lowest, self.signed_scales)
+        lowest = self.lowest or (0.3 if quantizer.config.bits <= 3 else 0.6)
+        ranges = Ranges(self.grid, lowest, self.signed_scales)
         params = search_scales(target, quantizer, importance, ranges, absmax)
         columns = _Columns(quantizer, params, *weight.shape)
         values = _compensate(target.t(), columns, upper, order)
