@@ -34,7 +34,7 @@ class GPTQ(Algorithm):
     """how far weights make up for what layers before them did to their inputs: 1 fully, 0 not at all"""
     drift_damping: float = Field(default=1.0, gt=0, le=100)
     """what that correction adds to the Hessian's diagonal, as a share of its mean: it must not learn the noise of few data"""
-    grid: int = Field(default=24, ge=2, le=1000)
+    grid: int = Field(default=16, ge=2, le=1000)
     """ranges the scale search tries"""
     lowest: float | None = Field(default=None, gt=0, lt=1)
     """the narrowest of them, as a share of the full one; by default 0.6, and 0.3 for schemes of 3 bits and fewer"""
