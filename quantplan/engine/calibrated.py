@@ -7,49 +7,34 @@ and, where an algorithm asks for it, the float one, which the quantized one has 
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.assignment import Assignment
 from quantplan.calibration.read import CalibrationSet
 from quantplan.checkpoint import durable
 from quantplan.checkpoint.reader import TensorReader
-from quantplan.engine import memory, moments
-from quantplan.engine.arrived import Arrived, round_inputs
+from quantplan.engine import memory
 from quantplan.engine.batches import Batches
+from quantplan.engine.block import Block
 from quantplan.engine.correcting import Correcting
-from quantplan.engine.lockstep import Wait, lockstep
 from quantplan.engine.magnitudes import Magnitudes
-from quantplan.engine.scaling import Saw, Scaling
+from quantplan.engine.scaling import Scaling
 from quantplan.engine.solved import SolvedBlocks
-from quantplan.engine.tuning import TunedBlock
 from quantplan.errors import fail
-from quantplan.kv_cache import SCALES, KVCache
 from quantplan.live.blocks import find_blocks
-from quantplan.live.cache import CACHE, SeenCache, changing_cache, takes_cache
-from quantplan.live.experts import every_token_to_every_expert, routed_experts
-from quantplan.live.forward import Call, Forward
+from quantplan.live.experts import routed_experts
+from quantplan.live.forward import Forward
 from quantplan.live.skeleton import skeleton
-from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
 from quantplan.models.modules import Matrix
 from quantplan.plan.kv_cache import projections
 from quantplan.plan.resolve import Resolution
-from quantplan.scheme import NonFinite, Params
-from quantplan.statistics import Statistics
-from quantplan.tensor import QuantizedTensor
-
-WIDE = 2048  # columns from which on what statistics leave behind is worth giving back at once
 
 
 @dataclass(frozen=True)
@@ -93,11 +78,11 @@ def solve_blocks(
     has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight, QP605 when a
     matrix that needs data was never given any."""
     memory.keep_memory()
-    run = _Run(resolution, data, reader, store, trust_remote_code)
+    run = Run(resolution, data, reader, store, trust_remote_code)
     yield from run.blocks()
 
 
-class _Run:
+class Run:
     """One calibration from start to end."""
 
     def __init__(
@@ -179,7 +164,7 @@ class _Run:
                 hidden, exact = _unpacked(resumed or {}, "hidden"), _unpacked(resumed or {}, "exact")
             for k, name in list(enumerate(stack.blocks))[skip:]:
                 started = time.monotonic()
-                block = _Block(self, name, calls[k], exact_calls[k])
+                block = Block(self, name, calls[k], exact_calls[k])
                 hidden, exact = block.solve(hidden, exact)
                 following = {"hidden": hidden, "exact": exact}
                 if k == len(stack.blocks) - 1:
@@ -213,274 +198,3 @@ def _unpacked_all(saved: Mapping[str, Tensor], name: str) -> list[list[Tensor]]:
     """Of every stack that was finished."""
     count = len({key.split(".")[1] for key in saved if key.startswith(f"{name}.")})
     return [_unpacked(saved, f"{name}.{stack}") for stack in range(count)]
-
-
-@dataclass
-class _Block:
-    """One block while it is solved."""
-
-    run: _Run
-    name: str
-    calls: Sequence[Call]
-    exact_calls: Sequence[Call]
-    solved: dict[str, QuantizedTensor] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    changed: dict[str, Tensor | None] = field(default_factory=dict)  # stored tensor -> what a transform made of it
-    ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
-    unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
-    _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
-    _last: Arrived | None = None
-
-    def solve(self, hidden: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The hidden states after the block, of both chains; its matrices are in `solved`."""
-        run = self.run
-        run.weights.load(self.name, run.reader)
-        try:
-            self.module = run.model.get_submodule(self.name)
-            self.changed = run.scaling(self.name, partial(self._watch, hidden))
-            original = copy.deepcopy(self.module) if exact else self.module
-            self.attentions = {k: v for k, v in run.attentions.items() if k.startswith(f"{self.name}.")}
-            if len(self.attentions) > 1:
-                text = f"'{self.name}' has several attentions, whose keys and values cannot be told apart"
-                raise fail("QP224", text, "leave kv_cache out")
-            self.inside = run.weights.matrices_in(self.name)
-            runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
-            self.first = len(runs)
-            runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=bool(self.calls))]
-            outputs = self._lockstep(runs, [self.module, original])
-            self._solve_unseen()
-            if not runs:  # the model skips the block
-                return list(hidden), list(exact)
-            ends, exact_ends = outputs[self.first :], outputs[: self.first]
-            return self._tune(hidden, exact_ends, original) or ends, exact_ends
-        finally:
-            self._last = None
-            run.weights.release(self.name)
-
-    def _watch(self, hidden: Sequence[Tensor], seen: Saw) -> None:
-        """Runs the block, not quantized yet, on all batches; `seen` is given the tokens that count."""
-        for i, (call, state) in enumerate(zip(self.calls, hidden, strict=True)):
-
-            def see(name: str, index: int | None, inputs: Tensor, batch: int = i) -> None:
-                seen(name, index, self.run.batches.counted(inputs, batch))
-
-            with torch.no_grad(), moments.computing(), watching(self.module, see, self.name):
-                call(self.module, state)
-
-    def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
-        def forward(wait: Wait[Tensor]) -> Tensor:
-            asked = call
-            for attention in self.attentions if takes_cache(module) else ():
-
-                def cached(scale: str, states: Tensor, at: str = attention) -> Tensor:
-                    return wait((f"{at}.{scale}", None), states)
-
-                asked = replace(call, options={**call.options, CACHE: SeenCache(None, cached)})
-
-            def seen(name: str, index: int | None, inputs: Tensor) -> Tensor | None:
-                if (name, index) not in self.inside:
-                    return None
-                given = cast(inputs)
-                answer = wait((name, index), given)
-                return None if answer is given else answer
-
-            cast = _Cast(moments.fast_dtype())
-            torch.set_num_threads(1)  # of this thread: as many of them run as there are cores
-            with torch.no_grad(), moments.computing(), watching(module, seen, self.name):
-                return self.run.kept(asked(module, hidden).float())
-
-        return forward
-
-    def _lockstep(self, runs: Sequence[Callable[[Wait[Tensor]], Tensor]], modules: Iterable[nn.Module]) -> list[Tensor]:
-        """What `runs` of `modules` return. Between points a core has a run to itself: nothing waits for another core, as it would
-        within every operation. At a point, all cores work for it."""
-        threads = torch.get_num_threads()
-
-        def meet(point: Any, inputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-            torch.set_num_threads(threads)
-            answers = self._meet(point, inputs)
-            torch.set_num_threads(1)
-            return answers
-
-        with contextlib.ExitStack() as undo:
-            undo.callback(torch.set_num_threads, threads)
-            torch.set_num_threads(1)
-            for module in {id(m): m for m in modules if self.run.all_experts}.values():
-                undo.enter_context(every_token_to_every_expert(module))
-            return lockstep(runs, meet, self._rank, threads)
-
-    def _rank(self, point: Any) -> tuple[int, int, int]:
-        """Modules in the order they are reached; the slabs of one in theirs, and for each its parameters as they come."""
-        name, index = point
-        module = name.rpartition(".")[0]
-        place = self._places.setdefault(module, len(self._places))
-        return place, -1 if index is None else index, self._places.setdefault(name, len(self._places))
-
-    def _meet(self, point: Any, inputs: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        module, _, scale = point[0].rpartition(".")
-        if module in self.attentions and scale in SCALES:
-            return self._cached(self.attentions[module], scale, inputs)
-        names = [n for n in self.inside[point] if n in self.run.jobs]
-        arrived = self._arrived(inputs, names[0]) if names else None
-        if arrived is None:
-            return inputs
-        unsolved = [n for n in names if n not in self.solved]
-        needs = any(self.run.jobs[n].assignment.algorithm.needs for n in unsolved)
-        statistics = arrived.statistics if needs else None
-        for name in unsolved:
-            solve = partial(self._solve, name, statistics)
-            self.changed |= self.run.correcting.around(self.run.jobs[name].matrix, arrived.mean, solve)
-            if arrived.params:
-                self.ranges[name] = arrived.params
-        return {**inputs, **{i + self.first: x for i, x in arrived.rounded.items()}}
-
-    def _cached(self, module: str, scale: str, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        """Keys or values of all batches `[batch, heads, tokens, features]`, as they come out of the cache."""
-        cache = self.run.cache
-        assert cache is not None
-        quantized = {i: x for i, x in states.items() if i >= self.first}
-        try:
-            found = cache.find_scale([
-                self.run.batches.counted(x.transpose(1, 2).flatten(0, 1), i - self.first) for i, x in quantized.items()
-            ])  # fmt: skip
-        except NonFinite:
-            raise fail("QP601", "NaN or infinity in keys or values", "leave kv_cache out", tensor=f"{module}.{scale}") from None
-        self.ranges.setdefault(module, {})[scale] = found
-        return {**states, **{i: cache.rounded(x, found) for i, x in quantized.items()}}
-
-    def _arrived(self, inputs: Mapping[int, Tensor], name: str) -> Arrived | None:
-        """What came to a point from the runs of both chains, for the matrix there; the same as before where that serves. None
-        where the quantized chain brought nothing."""
-        quantized = {i - self.first: x for i, x in inputs.items() if i >= self.first}
-        assignment, last = self.run.jobs[name].assignment, self._last
-        if not quantized or (last is not None and last.serves(quantized, assignment)):
-            return last if quantized else None
-        self._last = last = None  # its statistics are not held while the next ones are made
-        if next(iter(quantized.values())).shape[-1] >= WIDE:
-            memory.return_memory()
-        exact = {i: x for i, x in inputs.items() if i < self.first}
-        made = Arrived(quantized, exact, assignment, self.run.batches, self.ranges.get(name))
-        try:
-            made.rounded  # noqa: B018  computed once, here, where the name is known
-        except NonFinite:
-            raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
-        self._last = made
-        return made
-
-    def _solve(self, name: str, statistics: Statistics | None) -> None:
-        job = self.run.jobs[name]
-        wq, algorithm = job.assignment.wq, job.assignment.algorithm
-        assert wq is not None
-        if statistics is None and algorithm.needs:
-            algorithm = ALGORITHMS.get("rtn")()
-            self.unseen.append(name)
-        places = self.run.weights.place_of(job.matrix)
-        weight = torch.cat([p.view(self.run.model) for p in places]).float()
-        try:
-            absmax = self.run.magnitudes.of(job.matrix) if wq.needs_absmax else None
-            made = algorithm.solve(weight, wq.quantizer(name), absmax, statistics)
-        except NonFinite:
-            advice = "mend the checkpoint, or keep the module: keep: true"
-            raise fail("QP601", "NaN or infinity in the weight or its inputs", advice, tensor=job.matrix.tensor) from None
-        values = wq.quantizer().dequantize(made)
-        at = 0
-        for place in places:
-            place.view(self.run.model).copy_(values[at : at + place.rows])
-            at += place.rows
-        self.solved[name] = made
-        if statistics is not None:
-            error, hessian = values - weight, statistics.hessian
-            size = float((weight * (weight @ hessian)).sum())
-            self.losses[name] = float((error * (error @ hessian)).sum()) / size if size > 0 else 0.0
-
-    def _tune(self, hidden: Sequence[Tensor], targets: Sequence[Tensor], original: nn.Module) -> list[Tensor]:
-        """Hands the solved block to the algorithm that tunes, for its matrices; the hidden states after it, or nothing where
-        nothing was changed. Slabs of fused parameters stay as they were solved."""
-        run = self.run
-        chosen: dict[Algorithm, dict[str, str]] = {}
-        for name in self.solved:
-            places = run.weights.place_of(run.jobs[name].matrix)
-            whole = len(places) == 1 and places[0].index is None and not places[0].transposed
-            if run.jobs[name].assignment.algorithm.tunes and whole and places[0].rows == len(places[0].view(run.model)):
-                parameter = places[0].parameter.removeprefix(f"{self.name}.")
-                chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = parameter
-        changed: dict[str, QuantizedTensor] = {}
-        with self._rounding():
-            for algorithm, parameters in chosen.items():
-                weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
-                started = {n: self.solved[n] for n in parameters}
-                problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, moments.computing)
-                tuned = algorithm.tune(problem)
-                for name, made in tuned.items():
-                    self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))
-                changed |= tuned
-            self.solved |= changed
-            if not changed:
-                return []
-            with torch.no_grad(), moments.computing():
-                return [self.run.kept(call(self.module, state).float()) for call, state in zip(self.calls, hidden, strict=True)]
-
-    @contextlib.contextmanager
-    def _rounding(self) -> Iterator[None]:
-        """While it is open, the solved block rounds the inputs of its linears and its key-value cache as the quantized model
-        will. Gradients pass straight through. Fused experts are given theirs as they are."""
-        with contextlib.ExitStack() as undo:
-            for (parameter, _), names in self.inside.items():
-                module = self.run.model.get_submodule(parameter.rpartition(".")[0])
-                treated = next((n for n in names if n in self.run.jobs and self.run.jobs[n].assignment.aq is not None), None)
-                if treated is None or not isinstance(module, nn.Linear | Conv1D):
-                    continue
-                rounding = partial(
-                    round_inputs, assignment=self.run.jobs[treated].assignment, params=self.ranges.get(treated, {})
-                )
-                undo.callback(module.register_forward_pre_hook(partial(_round_straight, rounding)).remove)
-            for name, stored in self.attentions.items():
-                assert self.run.cache is not None
-                change = partial(_through_cache, self.run.cache, self.ranges[stored])
-                undo.callback(changing_cache(self.run.model.get_submodule(name), change).remove)
-            yield
-
-    def _solve_unseen(self) -> None:
-        """What no token came to. Raises QP605 for a matrix, or a cache, that every token should have come to."""
-        for name in self.attentions.values():
-            if len(self.ranges.get(name, ())) < len(SCALES):
-                raise fail("QP605", f"'{name}' puts no keys and values into a cache when it runs", "leave kv_cache out")
-        for (parameter, index), names in self.inside.items():
-            for name in names:
-                job = self.run.jobs.get(name)
-                if job is None or name in self.solved:
-                    continue
-                takes = job.assignment.algorithm.takes_data or job.assignment.observer is not None
-                if takes and index is None and ".experts." not in parameter:
-                    text = f"'{name}' was given no input: the model never used it for these data"
-                    raise fail("QP605", text, "give it algorithm: rtn, and no static activations, in an override")
-                self._solve(name, None)
-
-
-class _Cast:
-    """Inputs of matrices in the dtype they are multiplied in, one tensor for those that share an input."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
-        self._last = self._made = torch.empty(0)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        last = self._last  # held: nothing else can come to lie where it does
-        if last.data_ptr() != inputs.data_ptr() or last.shape != inputs.shape:
-            self._last, self._made = inputs, inputs.to(self._dtype)
-        return self._made
-
-
-def _round_straight(rounding: Callable[[Tensor], Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook before a module: its inputs rounded, with the gradients of those that were not."""
-    x, *others = inputs
-    with torch.no_grad():
-        moved = rounding(x.reshape(-1, x.shape[-1]).float()).reshape(x.shape).to(x.dtype) - x
-    return (x + moved, *others)
-
-
-def _through_cache(cache: KVCache, scales: Params, name: str, states: Tensor) -> Tensor:
-    """Keys or values as they come out of the cache, with the gradients of those that were not rounded."""
-    with torch.no_grad():
-        moved = cache.rounded(states, scales[name]) - states
-    return states + moved
