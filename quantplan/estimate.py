@@ -89,7 +89,9 @@ def _calibration(resolution: Resolution, workers: int) -> tuple[int, float]:
         return 0, 0.0
     chosen = [a.algorithm for a in resolution.quantized]
     chains = 2 if any("drift" in a.needs or a.tunes for a in chosen) else 1
-    matrices = [m for a in resolution.quantized for m in a.matrices]
+    matrices = [m for a in resolution.quantized or resolution.assignments.values() for m in a.matrices]
+    if not matrices:
+        return LIVE, 0.0
     weights, columns = sum(m.rows * m.columns for m in matrices), sorted(m.columns for m in matrices)
     blocks = len({number.group() for m in matrices if (number := re.search(r"^.*?\.\d+\.", m.name))})
     width, widest = columns[len(columns) // 2], columns[-1]

@@ -107,7 +107,7 @@ def check_fit(settings: Calibration, config: Mapping[str, Any]) -> Iterator[Prob
 def check_default(settings: Calibration | None, config: Mapping[str, Any]) -> Iterator[Problem]:
     """Notes on a plan that takes calibration and names no source: the model writes the text itself (QP237), or cannot (QP134).
     Statistics that were collected before do without either."""
-    if settings is None:
+    if settings is None and config.get("architectures"):  # shapes alone name none
         refused = [replace(p, severity="note") for p in check_fit(Calibration(), config)]
         if refused:
             yield from refused
