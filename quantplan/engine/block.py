@@ -32,7 +32,7 @@ from quantplan.tensor import QuantizedTensor
 if TYPE_CHECKING:
     from quantplan.engine.calibrated import Run
 
-WIDE = 2048  # columns from which on what statistics leave behind is worth giving back at once
+WIDE = 2048  # columns from which on what statistics and solvers leave behind is worth giving back at once
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Block:
     unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
     _last: Arrived | None = None
+    _wide: bool = False
 
     def solve(self, hidden: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The hidden states after the block, of both chains; its matrices are in `solved`."""
@@ -76,6 +77,8 @@ class Block:
         finally:
             self._last = None
             run.weights.release(self.name)
+            if self._wide:
+                memory.return_memory()
 
     def _watch(self, hidden: Sequence[Tensor], seen: Saw) -> None:
         """Runs the block, not quantized yet, on all batches; `seen` is given the tokens that count."""
@@ -177,6 +180,7 @@ class Block:
             return last if quantized else None
         self._last = last = None  # its statistics are not held while the next ones are made
         if next(iter(quantized.values())).shape[-1] >= WIDE:
+            self._wide = True
             memory.return_memory()
         exact = {i: x for i, x in inputs.items() if i < self.first}
         made = Arrived(quantized, exact, assignment, self.run.batches, self.ranges.get(name))
