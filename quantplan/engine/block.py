@@ -50,7 +50,6 @@ class Block:
     unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
     _last: Arrived | None = None
-    _wide: bool = False
 
     def solve(self, hidden: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The hidden states after the block, of both chains; its matrices are in `solved`."""
@@ -77,8 +76,6 @@ class Block:
         finally:
             self._last = None
             run.weights.release(self.name)
-            if self._wide:
-                memory.return_memory()
 
     def _watch(self, hidden: Sequence[Tensor], seen: Saw) -> None:
         """Runs the block, not quantized yet, on all batches; `seen` is given the tokens that count."""
@@ -155,6 +152,7 @@ class Block:
             self.changed |= self.run.correcting.around(self.run.jobs[name].matrix, arrived.mean, solve)
             if arrived.params:
                 self.ranges[name] = arrived.params
+        self._give_back(arrived.rounded)
         return {**inputs, **{i + self.first: x for i, x in arrived.rounded.items()}}
 
     def _cached(self, module: str, scale: str, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
@@ -179,9 +177,7 @@ class Block:
         if not quantized or (last is not None and last.serves(quantized, assignment)):
             return last if quantized else None
         self._last = last = None  # its statistics are not held while the next ones are made
-        if next(iter(quantized.values())).shape[-1] >= WIDE:
-            self._wide = True
-            memory.return_memory()
+        self._give_back(quantized)
         exact = {i: x for i, x in inputs.items() if i < self.first}
         made = Arrived(quantized, exact, assignment, self.run.batches, self.ranges.get(name))
         try:
@@ -190,6 +186,11 @@ class Block:
             raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
         self._last = made
         return made
+
+    def _give_back(self, inputs: Mapping[int, Tensor]) -> None:
+        """Before and after what takes much memory: between the two, runs of batches would fill other memory."""
+        if next(iter(inputs.values())).shape[-1] >= WIDE:
+            memory.return_memory()
 
     def _solve(self, name: str, statistics: Statistics | None) -> None:
         job = self.run.jobs[name]
