@@ -44,6 +44,11 @@ E2M3 = FloatFormat("e2m3", 2, 3, 7.5)
 E3M2 = FloatFormat("e3m2", 3, 2, 28.0)
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices itself; where it does not, float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def round_to_integers(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """`x` rounded to integers, in place: to nearest, ties to even; or, with a generator, up with probability `x - floor(x)`."""
     if generator is None:

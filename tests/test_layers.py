@@ -50,10 +50,10 @@ ORDER = (
         "checkpoint",
         "estimate",
     ),
-    *("explain", "live", "calibration", "engine", "nn", "hf", "evaluation", "cli", "__main__"),
+    *("explain", "live", "calibration", "engine", "kernel", "kernels", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
-LEAVES = ("schemes", "observers", "algorithms", "transforms", "formats")
+LEAVES = ("schemes", "observers", "algorithms", "transforms", "formats", "kernels")
 TORCH_FREE = ORDER[: ORDER.index("explain") + 1]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantplan.numerics import cpu_has_bfloat16
+
 SLICE = 192  # columns of a second moment at a time: half of it is the mirror of the other half
 
 
@@ -50,8 +52,7 @@ def _exact_for(x: Tensor) -> Iterator[None]:
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 where this processor multiplies it faster than float32, else float32."""
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
 
 
 def computing() -> torch.autocast:

@@ -1,0 +1,1 @@
+"""How quantized linears are computed, one file a kernel."""
