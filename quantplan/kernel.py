@@ -5,6 +5,7 @@ each; which one a layer gets is decided here and nowhere else: the first by `ran
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import Tensor
 from quantplan.registry import Registry
 from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
+
+SETTING = "QUANTPLAN_KERNELS"  # names that may serve, with commas between them; `none` for the reference alone
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,14 @@ class Kernel(ABC):
         """`x` `[tokens, columns]` of the job's dtype -> `[tokens, rows]` of the same; no bias, no gradient. The result is within
         the dtype's rounding of `x W^T` with the dequantized weight; contiguous or not, with no tokens or many."""
 
-    def codes(self) -> Tensor | None:
-        """The very codes it was made from, uint8 `[rows, columns]`, so that whoever made it need not keep them; None where its
-        layout does not hold them."""
-        return None
+    @property
+    def holds_codes(self) -> bool:
+        """Whether `codes` gives back the very codes it was made from, so that whoever made it need not keep them."""
+        return True
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """The codes it was made from, uint8 `[rows, columns]`; not called unless it holds them."""
 
 
 KERNELS: Registry[Kernel] = Registry("kernel", "kernels")
@@ -68,10 +75,22 @@ def ranked() -> list[type[Kernel]]:
 
 def serving(job: Job) -> type[Kernel] | None:
     """The kernel for a layer; None where the weight must be dequantized for each batch (the reference)."""
-    return next((kernel for kernel in ranked() if kernel.refuse(job) is None), None)
+    return next((KERNELS.get(name) for name, refusal in refusals(job) if refusal is None), None)
 
 
 def refusals(job: Job) -> Iterator[tuple[str, str | None]]:
-    """Every kernel's name with why it does not serve the layer (None: it would), in the order they are asked."""
+    """Every kernel's name with why it does not serve the layer (None: it would), in the order they are asked. Raises QP107 for
+    an unknown name in QUANTPLAN_KERNELS."""
+    allowed = _allowed()
     for kernel in ranked():
-        yield kernel.name, kernel.refuse(job)
+        left_out = allowed is not None and kernel.name not in allowed
+        yield kernel.name, f"{SETTING} leaves it out" if left_out else kernel.refuse(job)
+
+
+def _allowed() -> set[str] | None:
+    """The kernels that QUANTPLAN_KERNELS names; None where it is not set."""
+    setting = os.environ.get(SETTING)
+    if setting is None:
+        return None
+    names = {name.strip() for name in setting.split(",")} - {"", "none"}
+    return {KERNELS.get(name).name for name in names}

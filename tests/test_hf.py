@@ -100,6 +100,12 @@ def logits(model: Any) -> torch.Tensor:
         return model(input_ids=IDS, **decoder).logits
 
 
+@pytest.fixture(autouse=True)
+def dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is compared bit for bit, so nothing is computed in low precision."""
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "none")
+
+
 def reference(report: Any, made_from: Path, target: Path) -> Any:
     """The source's model with every quantized matrix replaced by what its codes stand for."""
     shutil.copytree(made_from, target)
@@ -144,6 +150,21 @@ def test_native_opens_exactly_and_saves_again(name: str, source: Any, tmp_path: 
     }
     stored = {n.removesuffix(".weight_codes") for n in read_checkpoint(tmp_path / "again").tensors if n.endswith(".weight_codes")}
     assert listed == stored  # fused experts are dense in memory, and saved so
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "fp8", "nvfp4"])
+@pytest.mark.parametrize("format", ["quantplan", "compressed-tensors"])
+def test_loaded_models_compute_with_kernels(format: str, scheme: str, source: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    quantplan.apply(source("llama"), plan(format, default={"wq": scheme}), tmp_path / "out")
+    exact = logits(quantplan.load(tmp_path / "out"))
+    monkeypatch.delenv("QUANTPLAN_KERNELS")
+    model = quantplan.load(tmp_path / "out")
+    assert torch.nn.functional.cosine_similarity(logits(model).float(), exact.float(), -1).min() > 0.999
+    kernels = {m._kernel.name if m._kernel else None for m in model.modules() if isinstance(m, QuantLinear)}
+    assert kernels == {{"int4": "int4pack", "int8": "int8pack", "fp8": "fp8_cast", "nvfp4": "int4pack"}[scheme]}
+    model.save_pretrained(tmp_path / "again")
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "none")
+    assert torch.equal(logits(quantplan.load(tmp_path / "again")), exact)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

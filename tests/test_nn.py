@@ -48,7 +48,7 @@ def made(wq: dict[str, Any], aq: dict[str, Any] | None = None, **options: Any) -
 def test_forward_is_a_linear_with_the_dequantized_weight(options: dict[str, Any]) -> None:
     dense, layer = linear(), made(options)
     x = torch.randn(3, 192)
-    assert torch.equal(layer(x), functional.linear(x, layer.dequantize(), dense.bias))
+    torch.testing.assert_close(layer(x), functional.linear(x, layer.dequantize(), dense.bias), rtol=1e-5, atol=1e-6)
     config = scheme(options)
     expected = config.quantizer().quantize(dense.weight.detach())
     assert torch.equal(layer.dequantize(), config.quantizer().dequantize(expected))

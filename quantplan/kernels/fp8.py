@@ -1,5 +1,5 @@
-"""fp8: weights of one byte with a scale for each row or for the whole, multiplied as they are cast to the inputs' dtype, which holds
-them exactly; the scales come afterwards. One pass over the weight instead of three.
+"""fp8: weights of one byte with a scale for each row or for the whole, multiplied as they are cast to the inputs' dtype, which
+holds them exactly; the scales come afterwards. One pass over the weight instead of three.
 """
 
 from __future__ import annotations

@@ -96,17 +96,18 @@ class Int4Pack(Kernel):
             x = _side_by_side(x, x) if self.within else torch.cat([x, x], 1)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, self.group, self.scales)
 
-    def codes(self) -> Tensor | None:
-        known = self.levels.u.int().tolist()
-        if len(set(known)) < len(known):
-            return None  # two codes of one value: -0 is lost
+    @property
+    def holds_codes(self) -> bool:
+        return len(self.levels.u.unique()) == len(self.levels.u)  # 0 and -0 are one level
+
+    def codes(self) -> Tensor:
         first, second = self._parts(_unpack(self.packed, self.rows))
         if self.levels.parts == "one" or second is None:
             u = first
         else:
             u = (16 if self.levels.parts == "digits" else 1) * first + second
         back = torch.zeros(256)
-        back[torch.tensor(known)] = torch.arange(len(known), dtype=torch.float32)
+        back[self.levels.u.int()] = torch.arange(len(self.levels.u), dtype=torch.float32)
         return look_up(back, u).to(torch.uint8).t().contiguous()
 
     def _written(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`QuantLinear`: an `nn.Linear` whose weight is stored quantized, in the buffers of the native format."""
+"""`QuantLinear`: an `nn.Linear` whose weight is stored quantized, in the native format's buffers, and computed by a kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.checkpoint.reader import TORCH_DTYPES
 from quantplan.errors import fail
 from quantplan.format import FORMATS
+from quantplan.kernel import Job, Kernel, serving
 from quantplan.models.modules import Matrix
+from quantplan.numerics import pack_bits
 from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
 
@@ -21,7 +23,10 @@ Device = torch.device | str | int | None
 
 
 class QuantLinear(nn.Module):
-    """`y = x W^T + b` with `W` on a scheme's grid, as wide as its codes in memory and dequantized when it is used.
+    """`y = x W^T + b` with `W` on a scheme's grid, as wide as its codes in memory.
+
+    Where a kernel serves the layer (`quantplan.kernel`), it computes with the codes, laid out as it wants them from the first
+    batch on; otherwise, and where a gradient is asked for, the weight is dequantized for each batch.
 
     Buffers are `weight_codes`, `weight_scale` and whatever else the native format stores for the scheme, so that the keys of
     its state dict are the names in a native checkpoint. They keep the dtype they are stored in: `.half()`, `.to(dtype)` and
@@ -32,6 +37,9 @@ class QuantLinear(nn.Module):
 
     bias: nn.Parameter | None
     weight_codes: Tensor
+    weight_scale: Tensor
+    _kernel: Kernel | None = None
+    _served: torch.dtype | None = None  # inputs that `_kernel` was chosen for
 
     def __init__(
         self,
@@ -108,11 +116,11 @@ class QuantLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as codes and parameters, `[out, in]`."""
-        return FORMATS.get("quantplan")().decode(self._matrix, self.wq, self.aq, lambda name: getattr(self, name[1:]))
+        return FORMATS.get("quantplan")().decode(self._matrix, self.wq, self.aq, lambda name: self._stored(name[1:]))
 
     def inputs(self) -> Params:
         """What was found for static activations; empty for dynamic ones."""
-        return FORMATS.get("quantplan")().decode_inputs(self._matrix, self.aq, lambda name: getattr(self, name[1:]))
+        return FORMATS.get("quantplan")().decode_inputs(self._matrix, self.aq, lambda name: self._stored(name[1:]))
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
@@ -133,12 +141,64 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`, or autocast's, as `nn.Linear`."""
-        if self.aq is not None:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if x.dtype is not self._served:
+            self._choose(x.dtype)
+        kernel = None if x.requires_grad and torch.is_grad_enabled() else self._kernel
+        if self.aq is not None and (kernel is None or not kernel.rounds):
             x = _StraightThrough.apply(x, self.aq, self.inputs())
         bias = self.bias.to(x.dtype) if self.bias is not None else None
-        return functional.linear(x, self.dequantize().to(x.dtype), bias)
+        if kernel is None:
+            return functional.linear(x, self.dequantize().to(x.dtype), bias)
+        with torch.no_grad():
+            y = kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        return y if bias is None else y + bias
+
+    def job(self, dtype: torch.dtype) -> Job:
+        """What a kernel is asked to do for inputs of `dtype`."""
+        return Job(self.wq, self.aq, self.out_features, self.in_features, self.weight_scale.device, dtype)
+
+    @torch.compiler.disable
+    def _choose(self, dtype: torch.dtype) -> None:
+        """Sets up the kernel for inputs of `dtype`, if one serves. While it holds the codes, the buffer is empty."""
+        self._rest()
+        job = self.job(dtype)
+        chosen = serving(job)
+        if chosen is not None:
+            self._kernel = chosen(self.quantized(), job, self.inputs())
+            if self._kernel.holds_codes:
+                self._buffers["weight_codes"] = None
+        self._served = dtype
+
+    @torch.compiler.disable
+    def _rest(self) -> None:
+        """Gives the kernel up and puts the codes back, where a state dict has them."""
+        self._buffers["weight_codes"] = self._stored("weight_codes")
+        self._kernel = self._served = None
+
+    def _stored(self, name: str) -> Tensor:
+        """A tensor of the native format."""
+        stored: Tensor | None = self._buffers[name]
+        if stored is None:
+            assert self._kernel is not None
+            return pack_bits(self._kernel.codes(), self.wq.bits)
+        return stored
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self._rest()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._rest()
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._rest()
+        return self.__dict__.copy()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self._rest()
         stored = {id(buffer) for buffer in self._buffers.values()}
 
         def keep_stored_dtype(tensor: Tensor) -> Tensor:
