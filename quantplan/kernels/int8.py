@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quantplan.kernel import KERNELS, Job, Kernel
-from quantplan.numerics import cpu_has_bfloat16
+from quantplan.numerics import cpu_has_bfloat16, round_through
 from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
 
@@ -92,22 +92,37 @@ class Int8MM(_SignedRows):
         assert job.aq is not None
         self.aq, self.inputs = job.aq, dict(inputs)
         self.quantizer = job.aq.quantizer()
-        # inputs are stored as code - 128, and stand for code - zero point: a sum of the row makes up for it
-        self.sums = None if job.aq.symmetric_grid and job.aq.bits == 8 else self.weight.sum(1, dtype=torch.int32)
+        # as `quantize` would, in a third of its steps: with few tokens these take longer than the product
+        self.plain = job.aq.symmetric_grid and job.aq.rounding == "nearest" and getattr(job.aq, "quotient_dtype", "") == "float32"
+        self.scale = self.scale.contiguous()
+        # codes of 8 bits that stand for code - zero point are multiplied as code - 128: a sum of the row makes up for it
+        self.sums = self.weight.sum(1, dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not len(x):
             return x.new_empty(0, len(self.weight))
-        if self.aq.dynamic:
-            q = self.quantizer.quantize(x)
-            codes, params = q.codes, q.params
+        if self.plain:
+            step = self._step(x)
+            half = 2 ** (self.aq.bits - 1)
+            y = _int_mm((x / step).round_().clamp_(-half, half - 1).to(torch.int8), self.weight)
         else:
-            codes, params = self.quantizer.encode(x.float(), self.inputs), self.inputs
-        y = _int_mm((codes - MIDDLE).view(torch.int8), self.weight)
-        if self.sums is not None:
+            q = self.quantizer.quantize(x) if self.aq.dynamic else None
+            params = self.inputs if q is None else dict(q.params)
+            codes = self.quantizer.encode(x.float(), params) if q is None else q.codes
+            step = self.quantizer.step(params)
+            y = _int_mm((codes - MIDDLE).view(torch.int8), self.weight)
             zero = params["zero_point"].int() if "zero_point" in params else 2 ** (self.aq.bits - 1)
-            y += (MIDDLE - zero) * self.sums
-        return (y.float() * self.quantizer.step(dict(params)).float() * self.scale).to(x.dtype)
+            y += self.sums * (MIDDLE - zero)
+        return y.float().mul_(step).mul_(self.scale).to(x.dtype)
+
+    def _step(self, x: Tensor) -> Tensor:
+        """The step of every token `[tokens, 1]`, or of all, float32. Zero tokens get the smallest, and codes of zero."""
+        if not self.aq.dynamic:
+            return self.quantizer.step(self.inputs)
+        axes = (0, 1) if self.aq.strategy == "tensor" else (-1,)
+        top = x.abs().amax(axes, keepdim=True).float()
+        divisor, dtype = getattr(self.aq, "divisor"), getattr(self.aq, "scale_dtype") or "bfloat16"  # noqa: B009
+        return round_through(top.mul_(1 / divisor), getattr(torch, dtype)).float()
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
