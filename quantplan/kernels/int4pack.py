@@ -24,7 +24,7 @@ from quantplan.tensor import QuantizedTensor
 GROUPS = (256, 128, 64, 32)  # columns that may share a scale in the operation
 HALF = 16  # a group that two terms fill up to 32
 ROWS = 16  # it takes rows in multiples of these
-DENSE = 128  # tokens from which on dequantizing once and a float product are faster; half of it where codes are two
+DENSE = 64  # tokens from which on dequantizing once and a float product are faster
 UNITS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -88,11 +88,10 @@ class Int4Pack(Kernel):
         self.scales = torch.stack([scale.t(), shift.t()], -1).bfloat16().contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        twice = self.packed.shape[1] * 2 > self.columns
-        if x.shape[0] >= (DENSE // 2 if twice else DENSE):
+        if x.shape[0] >= DENSE:
             product = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
             return (x.to(product) @ self._dense(product)).to(x.dtype)
-        if twice:
+        if self.packed.shape[1] * 2 > self.columns:
             x = _side_by_side(x, x) if self.within else torch.cat([x, x], 1)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, self.group, self.scales)
 
@@ -130,11 +129,13 @@ class Int4Pack(Kernel):
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix, transposed: `[columns, rows]`."""
-        scale, shift = self.scales.unbind(-1)
-        sums = dtype if self.levels.parts == "one" and not self.within and not shift.any() else torch.float32
-        codes = _unpack(self.packed, self.rows).to(sums).sub_(8).unflatten(0, (-1, self.group))
-        values = codes.mul_(scale.unsqueeze(1).to(sums)).add_(shift.unsqueeze(1).to(sums)).flatten(0, 1)
-        first, second = self._parts(values)
+        scale, shift = (p.contiguous().unsqueeze(1) for p in self.scales.unbind(-1))  # [groups, 1, rows]
+        exact = self.levels.parts == "one" and not self.within and not shift.any()  # one rounding, whatever the dtype
+        sums = dtype if exact else torch.float32
+        values = _unpack(self.packed, self.rows).view(torch.int8).sub_(8).unflatten(0, (-1, self.group)) * scale.to(sums)
+        if not exact:
+            values += shift
+        first, second = self._parts(values.flatten(0, 1))
         return (first if second is None else first + second).to(dtype)
 
 
