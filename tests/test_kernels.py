@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantplan import QuantLinear, QuantplanError
+from quantplan.cli import run
 from quantplan.kernel import Job, Kernel, ranked, refusals, serving
 from quantplan.scheme import SCHEMES, SchemeConfig
 
@@ -142,3 +148,78 @@ def test_the_first_that_does_not_refuse_serves() -> None:
 def test_every_kernel_of_the_cpu_serves_something() -> None:
     served = {kernel.name for kernel, *_ in SERVED}
     assert served >= {"int8_mm", "int8pack", "int4pack", "fp8_cast"}
+
+
+def test_quantplan_kernels_names_what_serves_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["kernels", "--device", "cpu", "--json"]) == 0
+    found = {(k["weights"], k["activations"]): k["kernel"] for k in json.loads(capsys.readouterr().out)["kernels"]}
+    assert found["int4", None] == "int4pack" and found["int8", "int8"] == "int8_mm" and found["nf4", None] == "reference"
+    assert run(["kernels", "int4", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kernel"] == "reference" and "float32" in told["refusals"]["int4pack"]
+    assert run(["kernels", "int8", "--device", "cpu", "-a", "int8"]) == 0
+    assert "serves" in capsys.readouterr().out
+    assert run(["kernels", "int5", "--device", "nowhere"]) == 2
+
+
+def test_a_setting_leaves_kernels_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = job(scheme("int4", group_size=32))
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "none")
+    assert serving(asked) is None
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "int8_mm, int4pack")
+    found = serving(asked)
+    assert found is not None and found.name == "int4pack"
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "int4")
+    with pytest.raises(QuantplanError, match="QP107"):
+        serving(asked)
+
+
+def layer(wq: SchemeConfig, aq: SchemeConfig | None = None) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_linear(torch.nn.Linear(256, 64, dtype=torch.bfloat16), wq, aq).eval()
+
+
+@pytest.mark.parametrize(("wq", "aq"), [("int4", None), ("int8", None), ("int8", "int8"), ("fp8", "fp8"), ("nvfp4", None)])
+def test_a_layer_is_the_same_before_and_after_it_computed(wq: str, aq: str | None) -> None:
+    made = layer(scheme(wq), None if aq is None else scheme(aq))
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    x = torch.randn(2, 3, 256, dtype=torch.bfloat16)
+    y = made(x)
+    twin = copy.deepcopy(made)
+    torch.save(made, saved := io.BytesIO())
+    saved.seek(0)
+    again = torch.load(saved, weights_only=False)
+    assert torch.equal(twin(x), y) and torch.equal(again(x), y)
+    after = made.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n].view(torch.uint8), after[n].view(torch.uint8)) for n in before if n != "bias")
+    made.load_state_dict(layer(scheme(wq), None if aq is None else scheme(aq)).state_dict())
+    assert torch.equal(made(x), y)
+    assert torch.equal(made.float().dequantize(), twin.dequantize())
+
+
+def test_codes_lie_in_memory_once() -> None:
+    made = layer(scheme("int4"))
+    made(torch.zeros(1, 256, dtype=torch.bfloat16))
+    assert made._kernel is not None and made._buffers["weight_codes"] is None
+    assert "weight_codes" in made.state_dict()
+
+
+def test_gradients_reach_the_inputs() -> None:
+    made = layer(scheme("int4"))
+    x = torch.randn(2, 256, dtype=torch.bfloat16, requires_grad=True)
+    y = made(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad[0].float(), made.dequantize().bfloat16().float().sum(0), rtol=2e-2, atol=2e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(made(x), y, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(("wq", "aq"), [("int4", None), ("int8", "int8"), ("fp8", None)])
+def test_compiled_layers_compute_the_same(wq: str, aq: str | None) -> None:
+    made = layer(scheme(wq), None if aq is None else scheme(aq))
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = made(x)
+        compiled = torch.compile(made, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), expected)

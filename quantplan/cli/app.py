@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "schemes": registries.schemes,
     "algorithms": registries.algorithms,
     "transforms": registries.transforms,
+    "kernels": registries.kernels,
     "codes": registries.codes,
     "schema": registries.schema,
     "shapes": plans.shapes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,14 @@ from quantplan.cli import show
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one with its options.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+
+
+class DType(str, Enum):
+    """Dtypes of activations."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 def schemes(name: Name = None, as_json: AsJson = False) -> int:
@@ -64,6 +73,64 @@ def transforms(name: Name = None, as_json: AsJson = False) -> int:
         show.document({"transforms": rows})
     else:
         show.table(("transform", "what it does"), ((r["transform"], r["summary"]) for r in rows))
+    return 0
+
+
+def kernels(
+    name: Annotated[str | None, typer.Argument(metavar="[SCHEME]", help="Why each kernel serves it or not.")] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option("--activations", "-a", metavar="SCHEME", help="Of the inputs; without it none, and the weights' own."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Output features of the layer.")] = 2048,
+    columns: Annotated[int, typer.Option(min=1, help="Input features.")] = 2048,
+    group_size: Annotated[int | None, typer.Option(min=1, help="Of the weights; the scheme's own by default.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Of the inputs.")] = DType.bfloat16,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; cuda by default where there is one.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Show which kernel computes which scheme here, and why not another.
+
+    `reference` dequantizes the weight for every batch.
+    """
+    import torch
+
+    from quantplan.kernel import Job, refusals
+    from quantplan.scheme import SCHEMES, SchemeConfig
+
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise typer.BadParameter(f"no device is called '{device}'", param_hint="--device") from None
+
+    def job(weights: type[SchemeConfig], inputs: type[SchemeConfig] | None) -> Job:
+        wq = weights() if group_size is None or weights.fixed_group_size else weights(group_size=group_size)
+        return Job(wq, None if inputs is None else inputs(), rows, columns, where, getattr(torch, dtype.value))
+
+    given = None if activations is None else SCHEMES.get(activations)
+    if name is not None:
+        reasons = dict(refusals(job(SCHEMES.get(name), given)))
+        serves = next((kernel for kernel, reason in reasons.items() if reason is None), "reference")
+        if as_json:
+            show.document({"scheme": name, "activations": activations, "kernel": serves, "refusals": reasons})
+            return 0
+        said = {k: "serves" if k == serves else reason or f"would serve, after {serves}" for k, reason in reasons.items()}
+        show.table(
+            ("kernel", "for this layer"), [*said.items(), ("reference", "serves" if serves == "reference" else "always serves")]
+        )
+        return 0
+    found = []
+    for weights in SCHEMES:
+        for inputs in (given,) if given else (None, weights):
+            reasons = dict(refusals(job(weights, inputs)))
+            kernel = next((k for k, reason in reasons.items() if reason is None), "reference")
+            found.append({"weights": weights.name, "activations": inputs and inputs.name, "kernel": kernel, "refusals": reasons})
+    if as_json:
+        show.document({"device": str(where), "dtype": dtype.value, "rows": rows, "columns": columns, "kernels": found})
+        return 0
+    shown = ((f["weights"], f["activations"] or "", f["kernel"]) for f in found)
+    print(f"{rows} x {columns}, {dtype.value} inputs, {where}:\n")
+    show.table(("weights", "activations", "kernel"), shown)
     return 0
 
 
