@@ -38,6 +38,12 @@ class _Levels:
     parts: Literal["one", "terms", "digits"]
 
     @property
+    def first(self) -> int | None:
+        """What is added to a code, where that is all there is to it."""
+        first = int(self.u[0])
+        return first if torch.equal(self.u, torch.arange(first, first + len(self.u)).float()) else None
+
+    @property
     def middle(self) -> int:
         """What the operation takes from `u`, however that is written."""
         return {"one": 8, "terms": 16, "digits": 136}[self.parts]
@@ -76,7 +82,8 @@ class Int4Pack(Kernel):
         shift = scale * (levels.base + levels.middle - (0 if zero is None else zero.float()))
         across = job.columns // group
         scale, shift = (p.expand(job.rows, -1).repeat_interleave(across // p.shape[1], 1) for p in (scale, shift))
-        first, second = self._written(look_up(levels.u, quantized.codes).to(torch.uint8))
+        u = quantized.codes + levels.first if levels.first is not None else look_up(levels.u, quantized.codes).to(torch.uint8)
+        first, second = self._written(u)
         codes = first
         if self.within:
             codes, shift = _side_by_side(first, second), shift / 2  # which both terms bring

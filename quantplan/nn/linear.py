@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
 from quantplan.checkpoint.reader import TORCH_DTYPES
+from quantplan.engine.memory import return_memory
 from quantplan.errors import fail
 from quantplan.format import FORMATS
 from quantplan.kernel import Job, Kernel, serving
@@ -151,8 +152,7 @@ class QuantLinear(nn.Module):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         if kernel is None:
             return functional.linear(x, self.dequantize().to(x.dtype), bias)
-        with torch.no_grad():
-            y = kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        y = kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 
     def job(self, dtype: torch.dtype) -> Job:
@@ -169,6 +169,7 @@ class QuantLinear(nn.Module):
             self._kernel = chosen(self.quantized(), job, self.inputs())
             if self._kernel.holds_codes:
                 self._buffers["weight_codes"] = None
+            return_memory()  # of what it was made by, several times the size of the codes
         self._served = dtype
 
     @torch.compiler.disable
