@@ -36,6 +36,7 @@ from quantplan.report.page import (
     Text,
     number,
     render_page,
+    signed,
 )
 from quantplan.report.sizes import TreatmentSize, treatment_sizes
 
@@ -89,17 +90,17 @@ def _figures(out: Path, sizes: Sequence[TreatmentSize] | None, quantized: Sequen
     whole = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if sizes:
         before, after = sum(t.before for t in sizes), sum(t.after for t in sizes)
-        yield Figure("size of the tensors", size(after), f"{size(before)} before, {100 * (after - before) / before:+.0f} %")
-    yield Figure("size of the directory", size(whole), "tokenizer and all")
+        yield Figure("tensors", size(after), f"{size(before)} before, {signed(100 * (after / before - 1))} %")
+    yield Figure("directory", size(whole), "tokenizer and all")
     weights = sum(layer.rows * layer.columns for layer in quantized)
     if weights:
         bits = 8 * sum(layer.size for layer in quantized) / weights
-        yield Figure("bits per quantized weight", f"{bits:.3f}", "scales and zero points counted")
+        yield Figure("bits per weight", f"{bits:.3f}", "of the quantized ones, scales counted")
     known = [layer for layer in quantized if layer.error is not None]
     if known:
         worst = min(known, key=lambda layer: layer.error.snr if layer.error else 0)
         assert worst.error is not None
-        yield Figure("lowest signal-to-noise ratio", f"{worst.error.snr:.1f} dB", worst.name)
+        yield Figure("lowest SNR", f"{worst.error.snr:.1f} dB", worst.name)
 
 
 def _size_parts(sizes: Sequence[TreatmentSize] | None) -> Iterator[Text | Drawing]:
@@ -111,7 +112,7 @@ def _size_parts(sizes: Sequence[TreatmentSize] | None) -> Iterator[Text | Drawin
     bars = [Bar("source", before, size(before), colour="quiet")]
     at = before
     for t in (t for t in sizes if t.before != t.after):
-        bars.append(Bar(_counted(t), at, _signed(t.after - t.before), at + t.after - t.before))
+        bars.append(Bar(_counted(t), at + t.after - t.before, _signed(t.after - t.before), at))
         at += t.after - t.before
     bars.append(Bar("output", after, size(after), colour="quiet"))
     bars.append(Bar("of which kept as it was", kept, size(kept), colour="quiet"))
@@ -205,7 +206,7 @@ def _input_parts(quantized: Sequence[LayerInspection]) -> Iterator[Any]:
         cells = [GridCell(name, math.log10(value), f"±{value:.4g}") for name, value in reach.items() if value > 0]
         ends = (f"{min(reach.values()):.3g}", f"{max(reach.values()):.3g}")
         words = f"Largest input each matrix can hold, from {ends[0]} to {ends[1]}, shaded by its logarithm."
-        yield Drawing(lambda width: grid_chart(cells, words, ends, False, width), f"{words} Dark layers have outliers.")
+        yield Drawing(lambda width: grid_chart(cells, words, ends, False, width), f"{words} The strongest colours are outliers.")
     columns = (Column("module", False), Column("lowest"), Column("highest"), Column("parameters", False))
     rows = [
         (
@@ -225,7 +226,7 @@ def _plan_parts(resolution: Resolution | None, record: Mapping[str, Any], report
     source = resolution.loaded.source
     if report is None:
         yield Text("As recorded in the output, which keeps the plan's meaning and not its spelling.")
-    yield Listing(source.file, source.lines)
+    yield Listing(Path(source.file).name, source.lines)
     for line in transform_text(resolution):
         yield Text(f"Transform {line}.")
     shown: dict[str, list[Any]] = {}
@@ -236,12 +237,20 @@ def _plan_parts(resolution: Resolution | None, record: Mapping[str, Any], report
         more = f", … {len(names)} modules" if len(names) > MODULES else ""
         yield Heading(summary(assignments[0]))
         yield Text(f"{', '.join(names[:MODULES])}{more}")
-        rows = [(Cell(f.name), Cell(json.dumps(f.value)), Cell(f.origin)) for f in explain_module(resolution, assignments[0])]
+        rows = [
+            (Cell(f.name), Cell(json.dumps(f.value)), Cell(_placed(f.origin, source.file)))
+            for f in explain_module(resolution, assignments[0])
+        ]
         yield Table(
             f"Fields of {summary(assignments[0])}",
             (Column("field", False), Column("value", False), Column("set by", False)),
             rows,
         )
+
+
+def _placed(origin: str, file: str) -> str:
+    """A place in the plan by the plan's name: where it lay is nobody's matter."""
+    return origin.replace(f"{file}:", f"{Path(file).name}:", 1) if origin.startswith(f"{file}:") else origin
 
 
 def _run_parts(out: Path, record: Mapping[str, Any], report: Report | None) -> Iterator[Any]:

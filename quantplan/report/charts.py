@@ -150,7 +150,7 @@ def grid_chart(
         shown = [i for i, block in enumerate(blocks) if block % every == 0]
         axes.set_xticks([i + 0.5 for i in shown], [str(blocks[i]) for i in shown])
         axes.tick_params(length=0, pad=4)
-        figure.text(left - 0.012, 7 / height, "block", color=MUTED, ha="right")
+        figure.text(left - 0.008, 9 / height, "block", color=MUTED, ha="right")
         _legend(figure, left, 1 - 18 / height, width, height, ends)
     return Chart(figure, text, titles)
 
@@ -215,7 +215,7 @@ def pareto_chart(
 ) -> Chart:
     """Points with their names beside them, the front joined; `reference`: a name and its `x`, as a line across. `y` is
     logarithmic where it spans more than a factor of five."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     narrow = width < 500
     height = 330 if narrow else 360
@@ -225,6 +225,7 @@ def pareto_chart(
         if low > 0 and high / low > 5:
             axes.set_yscale("log")
             axes.set_ylim(low / 1.7, high * 1.7)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             room = (high - low) * 0.15 or abs(high) * 0.1 or 1

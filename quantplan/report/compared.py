@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from quantplan.errors import fail, size
 from quantplan.report.charts import Bar, bar_chart, pareto, pareto_chart
-from quantplan.report.page import Cell, Column, Drawing, Facts, Figure, Section, Table, Text, number, render_page
+from quantplan.report.page import Cell, Column, Drawing, Facts, Figure, Heading, Section, Table, Text, number, render_page, signed
 
 Model = Mapping[str, Any]
+Measure = Callable[[Model], float | None]
 MEGABYTE = 1e6
 
 
@@ -45,9 +46,9 @@ def comparison_page(data: Mapping[str, Any]) -> str:
 def _figures(reference: Model | None, others: Sequence[Model]) -> Iterator[Figure]:
     smallest = min(others, key=lambda m: m["size"], default=None)
     if smallest is not None:
-        share = f", {100 * (smallest['size'] / reference['size'] - 1):+.0f} %".replace("-", "−") if reference else ""
+        share = f", {signed(100 * (smallest['size'] / reference['size'] - 1))} %" if reference else ""
         yield Figure("smallest", size(smallest["size"]), f"{smallest['name']}{share}")
-    for label, field, form in (("closest, KL in nats a token", "kl", ".4f"), ("lowest perplexity", "perplexity", ".3f")):
+    for label, field, form in (("lowest KL, nats a token", "kl", ".4f"), ("lowest perplexity", "perplexity", ".3f")):
         known = [m for m in others if m.get(field) is not None]
         if known:
             best = min(known, key=lambda m: m[field])
@@ -82,46 +83,53 @@ def _accuracy(reference: Model | None, others: Sequence[Model]) -> Iterator[Text
     )
 
 
-def _bars(models: Sequence[Model], text: str, value: Any, shown: Any, low: Any = None, high: Any = None) -> Drawing | None:
-    """Bars of one figure of every model that has it, the first of them (the reference) in grey."""
-    known = [m for m in models if value(m) is not None]
-    if not known:
-        return None
+def _bars(
+    models: Sequence[Model],
+    title: str,
+    text: str,
+    value: Measure,
+    shown: Callable[[float], str],
+    ends: tuple[Measure, Measure] | None = None,
+) -> Iterator[Heading | Drawing]:
+    """Bars of one figure of every model that has it, the first model (the reference) in grey; `ends`: a range around it."""
+    known = [(m, found) for m in models if (found := value(m)) is not None]
     bars = [
         Bar(
-            m["name"], value(m), shown(value(m)), colour="quiet" if m is models[0] else "accent",
-            low=low(m) if low else None, high=high(m) if high else None,
+            str(m["name"]),
+            found,
+            shown(found),
+            colour="quiet" if m is models[0] else "accent",
+            low=ends[0](m) if ends else None,
+            high=ends[1](m) if ends else None,
         )
-        for m in known
-    ]  # fmt: skip
-    words = f"{text}: {'; '.join(f'{b.label} {b.value}' for b in bars)}."
-    return Drawing(lambda width: bar_chart(bars, words, width), text + ".")
+        for m, found in known
+    ]
+    if bars:
+        words = f"{title}: {'; '.join(f'{b.label} {b.value}' for b in bars)}."
+        yield Heading(title)
+        yield Drawing(lambda width: bar_chart(bars, words, width), text)
 
 
-def _speed(models: Sequence[Model]) -> Iterator[Drawing | None]:
-    for phase, what in (("prefill", "reading a prompt"), ("decode", "writing, token by token")):
-        tokens = next((m[phase]["tokens"] for m in models if m.get(phase)), None)
-        runs = next((m[phase]["runs"] for m in models if m.get(phase)), None)
-        of = f" of {tokens} tokens, {runs} runs" if tokens else ""
-        yield _bars(
-            models,
-            f"Throughput when {what}, tokens a second: longer is better",
-            lambda m, phase=phase: _of(m, phase, "tokens_per_second"),
-            lambda v: f"{v:,.1f} tokens/s",
-        )
-        yield _bars(
-            models,
-            f"Latency when {what}{of}: shorter is better; the line is the 10th to 90th percentile",
-            lambda m, phase=phase: _of(m, phase, "median_ms"),
-            lambda v: f"{v:,.1f} ms",
-            lambda m, phase=phase: _of(m, phase, "p10_ms"),
-            lambda m, phase=phase: _of(m, phase, "p90_ms"),
-        )
+def _speed(models: Sequence[Model]) -> Iterator[Heading | Drawing]:
+    for phase, what in (("prefill", "Reading a prompt"), ("decode", "Writing, token by token")):
+
+        def measured(field: str, phase: str = phase) -> Measure:
+            return lambda m: _of(m, phase, field)
+
+        done = next((m[phase] for m in models if m.get(phase)), {})
+        of = f"{done['tokens']:,} tokens, {done['runs']:,} runs: " if done else ""
+        text = f"{of}longer is better."
+        yield from _bars(models, f"{what}: throughput", text, measured("tokens_per_second"), lambda v: f"{v:,.1f} tokens/s")
+        text = f"{of}shorter is better. Bars are medians, lines the 10th to the 90th percentile."
+        ends = (measured("p10_ms"), measured("p90_ms"))
+        yield from _bars(models, f"{what}: latency", text, measured("median_ms"), lambda v: f"{v:,.1f} ms", ends)
 
 
-def _memory(models: Sequence[Model]) -> Iterator[Drawing | None]:
-    yield _bars(models, "Memory once loaded", lambda m: m.get("memory_loaded"), size)
-    yield _bars(models, "Peak memory", lambda m: m.get("peak_memory"), size)
+def _memory(models: Sequence[Model]) -> Iterator[Heading | Drawing]:
+    yield from _bars(
+        models, "Once loaded", "What the process holds with the model in it.", lambda m: m.get("memory_loaded"), size
+    )
+    yield from _bars(models, "Peak", "The most it held while it was measured.", lambda m: m.get("peak_memory"), size)
 
 
 def _table(models: Sequence[Model]) -> Table:

@@ -70,7 +70,7 @@ def inspection_page(found: Inspection) -> str:
     worst = next(iter(found.worst()), None)
     figures = [Figure("matrices", f"{len(found.layers):,}", f"{len(quantized):,} quantized")]
     if worst is not None and worst.error is not None and quantized:
-        figures.append(Figure("lowest signal-to-noise ratio", f"{worst.error.snr:.1f} dB", worst.name))
+        figures.append(Figure("lowest SNR", f"{worst.error.snr:.1f} dB", worst.name))
     outliers = [layer for layer in found.layers if layer.values.outlier]
     figures.append(Figure("with outliers", f"{len(outliers):,}", "a weight over 6 standard deviations"))
     layers = [*drawings(found), layer_table(found)]
@@ -83,7 +83,7 @@ def _activations(found: Inspection) -> Iterator[Text | Drawing | Table]:
     if not found.activations:
         return
     yield Text("Both models on the same tokens, each layer with the inputs its own model gives it: errors add up along the way.")
-    caption = "Relative error of each linear layer's outputs. Dark layers are furthest from the other model."
+    caption = "Relative error of each linear layer's outputs. The stronger the colour, the further from the other model."
     yield Drawing(lambda width: activation_chart(found.activations, width), caption)
     caption = "Largest input of each linear layer over the root mean square: what a grid for activations must reach."
     yield Drawing(lambda width: peak_chart(found.activations, width), caption)

@@ -61,11 +61,11 @@ def drawings(inspection: Inspection) -> Iterator[Drawing | Text]:
     """Errors, bits and outliers, where there is anything to see."""
     layers = inspection.layers
     if any(layer.error is not None and math.isfinite(layer.error.snr) for layer in layers):
-        caption = "Signal-to-noise ratio of each matrix against the source; 6 dB more is half the error. Dark layers lost most."
+        caption = "Signal-to-noise ratio of each matrix; 6 dB more is half the error. The stronger the colour, the more was lost."
         yield Drawing(lambda width: error_chart(layers, width), caption)
     bits = sorted({round(layer.bits, 1) for layer in layers if layer.quantized})
     if len(bits) > 1:
-        caption = "Stored bits per weight, scales and zero points counted. Dark layers have most."
+        caption = "Stored bits per weight, scales and zero points counted. The stronger the colour, the more bits."
         yield Drawing(lambda width: bits_chart(layers, width), caption)
     elif bits:
         yield Text(

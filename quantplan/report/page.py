@@ -112,6 +112,11 @@ class Section:
     parts: Sequence[Text | Heading | Drawing | Listing | Facts | Table | None]
 
 
+def signed(value: float) -> str:
+    """A whole number with its sign, which is a minus and no hyphen."""
+    return f"{value:+.0f}".replace("-", "−")
+
+
 def number(value: float | None, form: str = ".2f", unit: str = "") -> Cell:
     """A cell of a number, which may be missing or infinite."""
     if value is None or not math.isfinite(value):
