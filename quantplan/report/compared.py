@@ -64,6 +64,10 @@ def _of(model: Model, phase: str, field: str) -> float | None:
     return None if found is None else float(found)
 
 
+def _measure(phase: str, field: str) -> Measure:
+    return lambda model: _of(model, phase, field)
+
+
 def _accuracy(reference: Model | None, others: Sequence[Model]) -> Iterator[Text | Drawing]:
     field, words = ("kl", "KL divergence from the reference, nats a token")
     known = [m for m in others if m.get(field) is not None]
@@ -112,17 +116,15 @@ def _bars(
 
 def _speed(models: Sequence[Model]) -> Iterator[Heading | Drawing]:
     for phase, what in (("prefill", "Reading a prompt"), ("decode", "Writing, token by token")):
-
-        def measured(field: str, phase: str = phase) -> Measure:
-            return lambda m: _of(m, phase, field)
-
-        done = next((m[phase] for m in models if m.get(phase)), {})
+        done: Mapping[str, Any] = next((m[phase] for m in models if m.get(phase)), {})
         of = f"{done['tokens']:,} tokens, {done['runs']:,} runs: " if done else ""
         text = f"{of}longer is better."
-        yield from _bars(models, f"{what}: throughput", text, measured("tokens_per_second"), lambda v: f"{v:,.1f} tokens/s")
+        yield from _bars(
+            models, f"{what}: throughput", text, _measure(phase, "tokens_per_second"), lambda v: f"{v:,.1f} tokens/s"
+        )
         text = f"{of}shorter is better. Bars are medians, lines the 10th to the 90th percentile."
-        ends = (measured("p10_ms"), measured("p90_ms"))
-        yield from _bars(models, f"{what}: latency", text, measured("median_ms"), lambda v: f"{v:,.1f} ms", ends)
+        ends = (_measure(phase, "p10_ms"), _measure(phase, "p90_ms"))
+        yield from _bars(models, f"{what}: latency", text, _measure(phase, "median_ms"), lambda v: f"{v:,.1f} ms", ends)
 
 
 def _memory(models: Sequence[Model]) -> Iterator[Heading | Drawing]:
