@@ -257,7 +257,7 @@ def _run_parts(out: Path, record: Mapping[str, Any], report: Report | None) -> I
     rows: list[tuple[str, str]] = []
     if report is not None:
         for note in report.resolution.notes:
-            yield Text(render(note), note=True)
+            yield Text(_placed(render(note), report.resolution.loaded.source.file), note=True)
         rows += [
             ("time", f"{report.seconds:.1f} s"),
             ("peak memory", f"{size(report.peak_memory)} ({size(report.estimate.peak_memory)} predicted)"),

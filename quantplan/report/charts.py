@@ -151,7 +151,7 @@ def grid_chart(
         axes.set_xticks([i + 0.5 for i in shown], [str(blocks[i]) for i in shown])
         axes.tick_params(length=0, pad=4)
         figure.text(left - 0.008, 9 / height, "block", color=MUTED, ha="right")
-        _legend(figure, left, 1 - 18 / height, width, height, ends)
+        _legend(figure, 0.004 if narrow else left, 1 - 18 / height, width, height, ends)
     return Chart(figure, text, titles)
 
 

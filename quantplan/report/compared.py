@@ -64,6 +64,10 @@ def _of(model: Model, phase: str, field: str) -> float | None:
     return None if found is None else float(found)
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def _measure(phase: str, field: str) -> Measure:
     return lambda model: _of(model, phase, field)
 
@@ -117,7 +121,7 @@ def _bars(
 def _speed(models: Sequence[Model]) -> Iterator[Heading | Drawing]:
     for phase, what in (("prefill", "Reading a prompt"), ("decode", "Writing, token by token")):
         done: Mapping[str, Any] = next((m[phase] for m in models if m.get(phase)), {})
-        of = f"{done['tokens']:,} tokens, {done['runs']:,} runs: " if done else ""
+        of = f"{_counted(done['tokens'], 'token')}, {_counted(done['runs'], 'run')}: " if done else ""
         text = f"{of}longer is better."
         yield from _bars(
             models, f"{what}: throughput", text, _measure(phase, "tokens_per_second"), lambda v: f"{v:,.1f} tokens/s"
