@@ -36,6 +36,7 @@ from quantplan.report.page import (
     Text,
     number,
     render_page,
+    rounded,
     signed,
 )
 from quantplan.report.sizes import TreatmentSize, treatment_sizes
@@ -204,7 +205,7 @@ def _input_parts(quantized: Sequence[LayerInspection]) -> Iterator[Any]:
     reach = {x.name: max(-x.inputs.low, x.inputs.high) for x in static if x.inputs and x.inputs.low is not None and x.inputs.high}
     if reach:
         cells = [GridCell(name, math.log10(value), f"±{value:.4g}") for name, value in reach.items() if value > 0]
-        ends = (f"{min(reach.values()):.3g}", f"{max(reach.values()):.3g}")
+        ends = (rounded(min(reach.values())), rounded(max(reach.values())))
         words = f"Largest input each matrix can hold, from {ends[0]} to {ends[1]}, shaded by its logarithm."
         yield Drawing(lambda width: grid_chart(cells, words, ends, False, width), f"{words} The strongest colours are outliers.")
     columns = (Column("module", False), Column("lowest"), Column("highest"), Column("parameters", False))

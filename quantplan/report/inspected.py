@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from quantplan.inspection.inspect import Inspection
 from quantplan.report.charts import Cell as GridCell
 from quantplan.report.charts import grid_chart
 from quantplan.report.layers import bits_chart, drawings, error_chart, layer_table, outlier_chart, scale_chart
-from quantplan.report.page import Cell, Column, Drawing, Figure, Section, Table, Text, number, render_page
+from quantplan.report.page import Cell, Column, Drawing, Figure, Section, Table, Text, number, render_page, rounded
 from quantplan.report.svg import Chart, standalone
 
 
@@ -32,14 +33,13 @@ def activation_chart(found: Sequence[ActivationInspection], width: int) -> Chart
 
 def peak_chart(found: Sequence[ActivationInspection], width: int) -> Chart | None:
     """Largest input of each linear layer over their root mean square, darker where it is higher."""
-    cells = [
-        GridCell(a.name, a.inputs.values.peak, f"absmax / rms {a.inputs.values.peak:.1f}") for a in found if a.kind == "linear"
-    ]
-    if not cells:
+    peaks = {a.name: a.inputs.values.peak for a in found if a.kind == "linear" and a.inputs.values.peak > 0}
+    if not peaks:
         return None
-    low, high = min(c.value for c in cells), max(c.value for c in cells)
-    text = f"Largest input of each linear layer over the root mean square, from {low:.1f} to {high:.1f}."
-    return grid_chart(cells, text, (f"{low:.1f}", f"{high:.1f}"), False, width)
+    cells = [GridCell(name, math.log10(peak), f"absmax / rms {peak:.1f}") for name, peak in peaks.items()]
+    low, high = rounded(min(peaks.values())), rounded(max(peaks.values()))
+    text = f"Largest input of each linear layer over the root mean square, from {low} to {high}, shaded by its logarithm."
+    return grid_chart(cells, text, (low, high), False, width)
 
 
 def write_plots(found: Inspection, folder: Path) -> list[Path]:
@@ -85,7 +85,7 @@ def _activations(found: Inspection) -> Iterator[Text | Drawing | Table]:
     yield Text("Both models on the same tokens, each layer with the inputs its own model gives it: errors add up along the way.")
     caption = "Relative error of each linear layer's outputs. The stronger the colour, the further from the other model."
     yield Drawing(lambda width: activation_chart(found.activations, width), caption)
-    caption = "Largest input of each linear layer over the root mean square: what a grid for activations must reach."
+    caption = "Largest input of each linear layer over the root mean square, shaded by its logarithm: what a grid must reach."
     yield Drawing(lambda width: peak_chart(found.activations, width), caption)
     errors = any(a.error is not None for a in found.activations)
     columns = [

@@ -68,9 +68,9 @@ def drawings(inspection: Inspection) -> Iterator[Drawing | Text]:
         caption = "Stored bits per weight, scales and zero points counted. The stronger the colour, the more bits."
         yield Drawing(lambda width: bits_chart(layers, width), caption)
     elif bits:
-        yield Text(
-            f"Every quantized matrix takes {bits[0]:g} bits per weight, scales and zero points counted, to the first decimal."
-        )
+        low, high = min(x.bits for x in layers if x.quantized), max(x.bits for x in layers if x.quantized)
+        span = f"{low:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
+        yield Text(f"Every quantized matrix takes {span} bits per weight, scales and zero points counted.")
     caption = "Largest weight of each matrix in standard deviations from the mean; over 6 it counts as an outlier."
     yield Drawing(lambda width: outlier_chart(layers, width), caption)
 

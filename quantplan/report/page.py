@@ -117,6 +117,11 @@ def signed(value: float) -> str:
     return f"{value:+.0f}".replace("-", "−")
 
 
+def rounded(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def number(value: float | None, form: str = ".2f", unit: str = "") -> Cell:
     """A cell of a number, which may be missing or infinite."""
     if value is None or not math.isfinite(value):
