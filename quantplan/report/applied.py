@@ -227,7 +227,7 @@ def _plan_parts(resolution: Resolution | None, record: Mapping[str, Any], report
     source = resolution.loaded.source
     if report is None:
         yield Text("As recorded in the output, which keeps the plan's meaning and not its spelling.")
-    yield Listing(Path(source.file).name, source.lines)
+    yield Listing(Path(source.file).name, "\n".join(source.lines).rstrip().splitlines())
     for line in transform_text(resolution):
         yield Text(f"Transform {line}.")
     shown: dict[str, list[Any]] = {}
