@@ -161,3 +161,12 @@ def listing(names: Iterable[str], shown: int = 3) -> str:
 def errors_in(problems: Iterable[Problem]) -> Iterator[Problem]:
     """The problems that stop the work; notes do not."""
     return (p for p in problems if p.severity == "error")
+
+
+def size(count: float) -> str:
+    """`116.8 MB`: decimal units, as disks and hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -40,6 +41,9 @@ def apply(
     events: Annotated[
         Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write OUT.report.html beside OUT: sizes, errors per layer, the plan and why.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
@@ -50,6 +54,10 @@ def apply(
     from quantplan.cli.interrupt import stoppable
     from quantplan.engine import apply as engine
 
+    if report:
+        from quantplan.report.charts import require_report
+
+        require_report()  # before the work, not after it
     if dry_run:
         return _dry_run(model, plan, output, threads, revision, as_json)
     with stoppable() as stop, show.phases(quiet) as advance, show.event_log(events) as record:
@@ -60,7 +68,7 @@ def apply(
             record(step.as_event())
             stop.check(RESUME)
 
-        report = engine.apply(
+        done = engine.apply(
             model,
             plan,
             output,
@@ -72,11 +80,25 @@ def apply(
             statistics=stats,
             on_step=on_step,
         )
+    page = _write_report(done) if report else None
     if as_json:
-        show.document(report.as_dict())
+        show.document({**done.as_dict(), **({} if page is None else {"report": str(page)})})
     else:
-        _show_report(report)
+        _show_report(done)
+        if page is not None:
+            print(f"report: {page}")
     return 0
+
+
+def _write_report(done: Report) -> Path:
+    """The report beside the output, so that the output stays as recorded."""
+    from quantplan.report.applied import apply_page
+    from quantplan.report.page import write_page
+
+    out = Path(os.path.abspath(done.out))
+    path = out.with_name(f"{out.name}.report.html")
+    write_page(path, apply_page(out, done.resolution.checkpoint.require_path(), done))
+    return path
 
 
 def calibrate(
@@ -211,8 +233,6 @@ def evaluate(
 
     KL (nats per token) and agreement are against --reference, the float model.
     """
-    import os
-
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' own bars; ours is enough
     from quantplan.evaluation import metrics
 

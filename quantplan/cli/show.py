@@ -11,7 +11,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantplan.errors import QuantplanError, fail
+from quantplan.errors import QuantplanError, fail, size
+
+__all__ = ["document", "event_log", "phases", "progress", "size", "table"]
 
 NUMBER = re.compile(r"[+−-]?[\d.,]*( ?(B|kB|MB|GB|TB|s|%))?")
 
@@ -20,15 +22,6 @@ class Advance(Protocol):
     """Called after each piece of work: how much is done, of how much, and what it was."""
 
     def __call__(self, done: int, total: int, name: str) -> None: ...
-
-
-def size(count: float) -> str:
-    """`116.8 MB`: decimal units, as disks and hubs count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def document(data: Any) -> None:

@@ -15,9 +15,11 @@ from quantplan.checkpoint.durable import CHUNK, hash_file, hash_range
 from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
 from quantplan.checkpoint.provenance import NAME, source_of
 from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine.difference import difference
 from quantplan.errors import Place, Problem, QuantplanError, fail
 from quantplan.format import FORMATS, Format
 from quantplan.headers import Checkpoint, TensorInfo, read_checkpoint
+from quantplan.models.modules import Matrix
 from quantplan.plan.load import load_plan
 from quantplan.plan.resolve import Resolution, resolve
 
@@ -214,21 +216,20 @@ def compare(
 
 
 def layer_error(unit: Unit, output: Format, old: TensorReader, new: TensorReader) -> LayerError:
-    """The error of one matrix: `10 log10(sum w^2 / sum (w - q)^2)` and `max |w - q|`, in float64 sums."""
+    """The error of one matrix: the signal-to-noise ratio and largest difference of `Difference`."""
     matrix, assignment = unit.matrix, unit.assignment
     assert matrix is not None and assignment is not None and assignment.wq is not None
     stored = output.decode(matrix, assignment.wq, assignment.aq, new.read)
     restored = assignment.wq.quantizer().dequantize(stored)
+    found = difference((w, restored[at : at + len(w)]) for at, w in row_pieces(matrix, old))
+    return LayerError(matrix.name, assignment.wq.name, found.snr, found.largest)
+
+
+def row_pieces(matrix: Matrix, reader: TensorReader) -> Iterator[tuple[int, Tensor]]:
+    """A stored matrix piece by piece: the first row, and rows from there, float32."""
     rows = max(1, ROWS // matrix.columns)
-    signal = noise = largest = 0.0
     for first in range(0, matrix.rows, rows):
-        weight: Tensor = old.read_rows(matrix, first, min(first + rows, matrix.rows)).float()
-        difference = restored[first : first + rows] - weight
-        signal += float(weight.double().square_().sum())
-        noise += float(difference.double().square_().sum())
-        largest = max(largest, float(difference.abs().amax()))
-    snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
-    return LayerError(matrix.name, assignment.wq.name, snr, largest)
+        yield first, reader.read_rows(matrix, first, min(first + rows, matrix.rows)).float()
 
 
 def _same_bytes(before: TensorInfo, after: TensorInfo, old: TensorReader, new: TensorReader) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantplan.checkpoint.reader import TensorReader
+from quantplan.checkpoint.stored import stored_matrices
 from quantplan.engine.verify import read_record
 from quantplan.errors import fail
 from quantplan.format import FORMATS
@@ -16,8 +16,6 @@ from quantplan.headers import read_checkpoint, read_config
 from quantplan.hf.plugin import QuantplanConfig
 from quantplan.kv_cache import SCALES
 from quantplan.live.skeleton import model_class
-from quantplan.models.modules import EXPERT_PARTS, Matrix
-from quantplan.scheme import SchemeConfig
 
 
 def load(out: str | os.PathLike[str], **options: Any) -> Any:
@@ -57,16 +55,14 @@ def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     used: set[str] = set()
     with TensorReader(folder, written.tensors) as reader:
         for treatment in record["treatments"]:
-            names = [n for module in treatment["modules"] for n in _matrix_names(module, written.tensors)]
-            group = {"wq": treatment["wq"], "aq": treatment["aq"], "modules": names}
-            schemes = QuantplanConfig([group]).treatments()
-            for name in names:
-                wq, aq = schemes[name]
-                matrix = _matrix(name, wq, reader)
+            names = []
+            for stored in stored_matrices(treatment, reader):
+                matrix, wq, aq = stored.matrix, stored.wq, stored.aq
                 used |= output.layout(matrix, wq, aq).keys()
                 state |= native.encode(matrix, output.decode(matrix, wq, aq, reader.read), aq)
                 state |= native.encode_inputs(matrix, output.decode_inputs(matrix, aq, reader.read))
-            groups.append(group)
+                names.append(matrix.name)
+            groups.append({"wq": treatment["wq"], "aq": treatment["aq"], "modules": names})
         state |= {name: reader.read(name) for name in written.tensors if name not in used}
     remote = {key: options[key] for key in ("trust_remote_code",) if key in options}
     config = options.get("config") or transformers.AutoConfig.from_pretrained(folder, **remote)
@@ -75,28 +71,3 @@ def _as_native(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     if (folder / "generation_config.json").exists():
         arguments["generation_config"] = transformers.GenerationConfig.from_pretrained(folder)
     return {**arguments, **{key: options[key] for key in ("generation_config",) if key in options}}
-
-
-def _matrix_names(module: str, tensors: Mapping[str, Any]) -> Iterator[str]:
-    """The stored matrices of a module: itself, or those that fused experts were split into."""
-    parent, _, part = module.rpartition(".")
-    if f"{module}.weight_scale" in tensors or part not in EXPERT_PARTS:
-        yield module
-        return
-    for index in count():
-        names = [f"{parent}.{index}.{sub}" for sub in EXPERT_PARTS[part]]
-        if f"{names[0]}.weight_scale" not in tensors:
-            return
-        yield from names
-
-
-def _matrix(name: str, wq: SchemeConfig, reader: TensorReader) -> Matrix:
-    """A stored matrix with its size: said beside packed integers, else seen from the codes' shape."""
-    if f"{name}.weight_shape" in reader.tensors:
-        rows, columns = reader.read(f"{name}.weight_shape").tolist()
-    elif f"{name}.weight" in reader.tensors:
-        rows, columns = reader.tensors[f"{name}.weight"].shape
-    else:
-        rows, width = reader.tensors[f"{name}.weight_packed"].shape
-        columns = width * 8 // wq.bits
-    return Matrix(name, "", rows, columns)

@@ -4,7 +4,6 @@ Importing this file registers both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantplan.checkpoint.stored import ASK_TO_UPGRADE, scheme_of
 from quantplan.errors import fail
 from quantplan.kv_cache import SCALES, KVCache
 from quantplan.live.cache import round_cache
 from quantplan.nn.linear import QuantLinear
-from quantplan.scheme import SCHEMES, SchemeConfig
+from quantplan.scheme import SchemeConfig
 
 VERSION = 1
-ASK_TO_UPGRADE = "use the quantplan that wrote it, or a later one"
 
 
 Treatment = tuple[SchemeConfig, SchemeConfig | None]
@@ -73,7 +72,7 @@ class QuantplanConfig(QuantizationConfigMixin):
         """Every stored matrix with its schemes. Raises QP107 for an unknown scheme, QP222 for unknown options."""
         found = Treatments()
         for group in self.groups:
-            schemes = _scheme(group["wq"]), _scheme(group["aq"]) if group.get("aq") else None
+            schemes = scheme_of(group["wq"]), scheme_of(group["aq"]) if group.get("aq") else None
             found.update(dict.fromkeys(group["modules"], schemes))
         return found
 
@@ -81,18 +80,6 @@ class QuantplanConfig(QuantizationConfigMixin):
         """The groups less some matrices."""
         left = [{**g, "modules": [n for n in g["modules"] if n not in names]} for g in self.groups]
         return [group for group in left if group["modules"]]
-
-
-def _scheme(options: Mapping[str, Any]) -> SchemeConfig:
-    member = SCHEMES.get(options.get("scheme", ""))
-    try:
-        return member(**{name: value for name, value in options.items() if name != "scheme"})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        what = f"{member.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise fail(
-            "QP222", f"the quantization_config has an option this quantplan cannot read ({what})", ASK_TO_UPGRADE
-        ) from None
 
 
 class QuantplanQuantizer(HfQuantizer):

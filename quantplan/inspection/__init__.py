@@ -1,0 +1,1 @@
+"""Looking into checkpoints: ranges, scales, saturation, outliers, and errors layer by layer."""
