@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantplan import __version__
-from quantplan.cli import plans, registries, runs
+from quantplan.cli import measures, plans, registries, runs
 
 app = typer.Typer(
     name="quantplan",
@@ -40,7 +40,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "diff": plans.diff,
     "estimate": plans.estimate,
     "verify": runs.verify,
-    "eval": runs.evaluate,
+    "eval": measures.evaluate,
     "schemes": registries.schemes,
     "algorithms": registries.algorithms,
     "transforms": registries.transforms,

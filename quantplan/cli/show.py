@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from quantplan.errors import QuantplanError, fail
 
-NUMBER = re.compile(r"[+−-]?[\d.,]*( ?(B|kB|MB|GB|TB|s|%))?")
+NUMBER = re.compile(r"[+−-]?[\d.,]*( ± [\d.,]+)?( ?(B|kB|MB|GB|TB|s|ms|%))?")
 
 
 class Advance(Protocol):
@@ -37,18 +37,20 @@ def document(data: Any) -> None:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """A table on standard output; whole cells, whatever the width, when it is not a terminal."""
+    """A table on standard output, after a line that is its title; whole cells, whatever the width, when it is not a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     cells = [[str(cell) for cell in row] for row in rows]
     numeric = [bool(cells) and all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headings))]
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for heading, right in zip(headings, numeric, strict=True):
         made.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in cells:
         made.add_row(*(Text(cell) for cell in row))  # Text: names of a checkpoint are no markup
+    if title:
+        print(title)
     Console(soft_wrap=False, width=None if sys.stdout.isatty() else 240).print(made)
 
 
