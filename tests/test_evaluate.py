@@ -16,8 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from worded import TEXT, WORDS, make_model
 
 import quantplan
 from quantplan import cli
@@ -27,21 +27,6 @@ from quantplan.evaluation.gates import Gate, failures
 from quantplan.evaluation.interval import student_t
 from quantplan.evaluation.metrics import Evaluation, evaluate, window_sums
 from quantplan.evaluation.text import read_text, token_windows
-
-WORDS = [f"w{i}" for i in range(60)]
-TEXT = " ".join(WORDS[(i * i + 3 * i) % 60] for i in range(200))
-
-
-def make_model(folder: Path, seed: int, vocabulary: int = 64) -> Path:
-    """A random Llama of two layers, with a tokenizer of words."""
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, num_key_value_heads=2, initializer_range=0.3, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "estimate": plans.estimate,
     "verify": runs.verify,
     "eval": measures.evaluate,
+    "compare": measures.compare,
     "schemes": registries.schemes,
     "algorithms": registries.algorithms,
     "transforms": registries.transforms,

@@ -1,12 +1,13 @@
-"""Commands that measure models: eval."""
+"""Commands that measure models: eval, compare."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ from quantplan.cli import show
 from quantplan.errors import render
 
 if TYPE_CHECKING:
+    from quantplan.comparison.compare import Comparison
     from quantplan.evaluation.gates import Gate
     from quantplan.evaluation.metrics import Evaluation
 
@@ -21,6 +23,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stand
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Windows = Annotated[int | None, typer.Option(min=1, help="How many windows; all by default.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
+
+
+class Dtype(str, Enum):
+    """What a model may compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 WORST = 10  # layers shown
 
 
@@ -124,3 +136,109 @@ def _show_layers(found: Evaluation) -> None:
             print()
             title = f"{found.model}: relative error of the outputs of {len(worst)} {kind}s; the worst:"
             show.table((kind, "error"), ((e.name, f"{e.error:.5f}") for e in worst[:WORST]), title)
+
+
+def compare(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="The float model: a directory, or a Hub id.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Models made from it.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", metavar="FILE", help="Text: perplexity, KL and agreement, as `eval` does.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for report.json and report.html.")
+    ] = None,
+    windows: Windows = None,
+    length: Length = 1024,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose prefill is timed.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after it, greedily.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after a warm-up.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; as many as torch takes by default.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What models compute in while they are timed.")] = Dtype.float32,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one by default.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> int:
+    """Compare models with the one they were made from.
+
+    Size, memory, latency and speed, each model in a fresh process, one after the other; with --data also accuracy. Ends with 3
+    when a model could not be measured; the others' figures are shown.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from quantplan.comparison.compare import compare as measured
+    from quantplan.comparison.measure import Settings
+
+    settings = Settings(prompt_tokens, new_tokens, runs, threads, dtype.value, device)
+    with show.phases(quiet, still=("measuring",)) as advance:
+
+        def on_step(phase: str, name: str, done: int, total: int) -> None:
+            advance(phase, done, total, name)
+
+        found = measured(reference, models, data, windows, length, settings, on_step)
+    if output is not None:
+        for path in _write_report(output, found.as_dict()):
+            print(f"{path} written", file=sys.stderr)
+    if as_json:
+        show.document(found.as_dict())
+    else:
+        _show_comparison(found)
+    for problem in found.problems:
+        print(render(problem), file=sys.stderr)
+    return 3 if found.problems else 0
+
+
+def _write_report(folder: Path, document: dict[str, Any]) -> Iterator[Path]:
+    """report.json in `folder`, and report.html where quantplan can make it. Raises QP401 to QP403."""
+    from quantplan.checkpoint.durable import named_errors, write_durably
+    from quantplan.checkpoint.layout import json_bytes
+
+    with named_errors(folder):
+        write_durably(folder / "report.json", json_bytes(document))
+        yield folder / "report.json"
+        try:
+            from quantplan.report import comparison_page
+        except ModuleNotFoundError:
+            return
+        write_durably(folder / "report.html", comparison_page(document).encode())
+        yield folder / "report.html"
+
+
+def _show_comparison(found: Comparison) -> None:
+    """Three tables: what models take, how fast they are, how near the reference."""
+    documents = [m.as_dict() for m in found.models]
+    machine = found.machine
+    threads = f"{machine['threads']} of {machine['cores']} cores" if machine["threads"] > 1 else "1 core"
+    headings = ("model", "scheme", "size", "bits/weight", "bits/quantized", "load", "memory", "peak")
+    rows: Iterable[tuple[object, ...]] = (
+        (
+            *(m["name"], m["scheme"], show.size(m["size"]), f"{m['bits_per_weight']:.2f}"),
+            "" if m["bits_per_quantized_weight"] is None else f"{m['bits_per_quantized_weight']:.3f}",
+            *(f"{m['load_seconds']:.1f} s", show.size(m["memory_loaded"]), show.size(m["peak_memory"])),
+        )
+        for m in documents
+    )
+    show.table(headings, rows, f"{machine['processor']}, {threads}, torch {machine['torch']}")
+    print()
+    first = documents[0]
+    title = f"a prompt of {first['prefill']['tokens']} tokens, then {first['decode']['tokens']}, {first['prefill']['runs']} runs"
+    rows = ((m["name"], *_speed(m["prefill"]), *_speed(m["decode"])) for m in documents)
+    names = [f"{phase}{name}" for phase in ("prefill", "decode") for name in ("", " p10–p90", " tokens/s")]
+    show.table(("model", *names), rows, title)
+    if found.data is None and all(m["weight_mse"] is None for m in documents):
+        return
+    print()
+    digits = {"perplexity": 3, "kl": 5, "top1": 4, "top5": 4}
+    rows = (
+        (
+            m["name"],
+            *(figure(m[n], each.margin(n), digits[n]) for n in digits if found.data is not None),
+            "" if m["weight_mse"] is None else f"{m['weight_mse']:.3e}",
+        )
+        for m, each in zip(documents, found.models, strict=True)
+    )
+    titles = ("perplexity", "KL", "top-1", "top-5") if found.data is not None else ()
+    show.table(("model", *titles, "weight MSE"), rows, "" if found.data is None else f"{found.data}, {found.windows} windows")
+
+
+def _speed(phase: dict[str, float]) -> tuple[str, str, str]:
+    spread = f"{phase['p10_ms']:.1f}–{phase['p90_ms']:.1f} ms"
+    return f"{phase['median_ms']:.1f} ms", spread, f"{phase['tokens_per_second']:.1f}"

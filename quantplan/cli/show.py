@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from quantplan.errors import QuantplanError, fail
 
-NUMBER = re.compile(r"[+−-]?[\d.,]*( ± [\d.,]+)?( ?(B|kB|MB|GB|TB|s|ms|%))?")
+NUMBER = re.compile(r"[+−-]?[\d.,]*(e[+-]\d+)?((–| ± )[\d.,]+)?( ?(B|kB|MB|GB|TB|s|ms|%))?")
 
 
 class Advance(Protocol):
@@ -66,8 +66,11 @@ def progress(label: str, quiet: bool = False, in_bytes: bool = True) -> Iterator
 
 
 @contextmanager
-def phases(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
-    """Progress of a run in several phases: a `progress` for each, opened when it is first heard of."""
+def phases(
+    quiet: bool = False, in_bytes: Sequence[str] = ("quantizing",), still: Sequence[str] = ()
+) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Progress of a run in several phases: a `progress` for each, opened when it is first heard of. Phases in `still` are a line
+    a step, and nothing moves meanwhile: what is timed is not disturbed."""
     with ExitStack() as stack:
         now: dict[str, Advance] = {}
 
@@ -75,7 +78,9 @@ def phases(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]
             if phase not in now:
                 stack.close()
                 now.clear()
-                now[phase] = stack.enter_context(progress(phase, quiet, phase == "quantizing"))
+                now[phase] = (
+                    _still(phase, quiet) if phase in still else stack.enter_context(progress(phase, quiet, phase in in_bytes))
+                )
             now[phase](done, total, name)
 
         yield advance
@@ -107,6 +112,14 @@ def event_log(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]
                 raise refused(error) from error
 
         yield record
+
+
+def _still(label: str, quiet: bool) -> Advance:
+    def line(done: int, total: int, name: str) -> None:
+        if not quiet:
+            print(f"{label} {name} ({done + 1} of {total})", file=sys.stderr, flush=True)
+
+    return line
 
 
 def _bar(label: str, in_bytes: bool) -> Iterator[Advance]:

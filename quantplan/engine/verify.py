@@ -29,17 +29,20 @@ ROWS = 1 << 20  # weights compared at a time
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a quantized matrix is from its source: signal-to-noise ratio in dB (infinite when exact), largest difference."""
+    """How far a quantized matrix is from its source: signal-to-noise ratio in dB (infinite when exact), largest difference, mean
+    squared difference."""
 
     name: str
     scheme: str
     snr: float
     largest: float
+    mse: float
+    weights: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; JSON has no infinity, so an exact matrix has no `snr_db`."""
         snr = round(self.snr, 3) if math.isfinite(self.snr) else None
-        return {"module": self.name, "scheme": self.scheme, "snr_db": snr, "max_error": self.largest}
+        return {"module": self.name, "scheme": self.scheme, "snr_db": snr, "max_error": self.largest, "mse": self.mse}
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def compare(
 
 
 def layer_error(unit: Unit, output: Format, old: TensorReader, new: TensorReader) -> LayerError:
-    """The error of one matrix: `10 log10(sum w^2 / sum (w - q)^2)` and `max |w - q|`, in float64 sums."""
+    """The error of one matrix: `10 log10(sum w^2 / sum (w - q)^2)`, `max |w - q|` and `mean (w - q)^2`, in float64 sums."""
     matrix, assignment = unit.matrix, unit.assignment
     assert matrix is not None and assignment is not None and assignment.wq is not None
     stored = output.decode(matrix, assignment.wq, assignment.aq, new.read)
@@ -228,7 +231,8 @@ def layer_error(unit: Unit, output: Format, old: TensorReader, new: TensorReader
         noise += float(difference.double().square_().sum())
         largest = max(largest, float(difference.abs().amax()))
     snr = 10 * math.log10(signal / noise) if noise and signal else math.inf
-    return LayerError(matrix.name, assignment.wq.name, snr, largest)
+    weights = matrix.rows * matrix.columns
+    return LayerError(matrix.name, assignment.wq.name, snr, largest, noise / weights, weights)
 
 
 def _same_bytes(before: TensorInfo, after: TensorInfo, old: TensorReader, new: TensorReader) -> bool:

@@ -16,7 +16,7 @@ Kind = Literal["block", "linear"]
 
 
 @dataclass(frozen=True)
-class LayerError:
+class OutputError:
     """The relative error `sum (y_q - y)^2 / sum y^2` of a module's output over all tokens, `y` the reference's. What came in
     differs as well: it holds what the layers before it did."""
 
@@ -25,7 +25,7 @@ class LayerError:
     error: float
 
 
-class LayerErrors:
+class OutputErrors:
     """Watches a model beside its reference: every decoder block, and every `nn.Linear` of the reference that is in one, by name.
 
     A module counts where it gives outputs of the same shape in both; experts that were given other tokens do not.
@@ -62,10 +62,10 @@ class LayerErrors:
             for hook in hooks:
                 hook.remove()
 
-    def result(self) -> tuple[LayerError, ...]:
+    def result(self) -> tuple[OutputError, ...]:
         """The errors, in the order of the model."""
         sums = {name: self._sums.get(name, (0.0, 0.0)) for name in self._kinds}
-        return tuple(LayerError(n, self._kinds[n], noise / signal) for n, (noise, signal) in sums.items() if signal)
+        return tuple(OutputError(n, self._kinds[n], noise / signal) for n, (noise, signal) in sums.items() if signal)
 
 
 def _watched(reference: Any, modules: dict[str, Any]) -> dict[str, Kind]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantplan.errors import fail
 from quantplan.evaluation.interval import margin
-from quantplan.evaluation.layers import LayerError, LayerErrors
+from quantplan.evaluation.layers import OutputError, OutputErrors
 from quantplan.evaluation.opened import local, open_model
 from quantplan.evaluation.text import check_sizes, token_windows
 from quantplan.headers import Checkpoint
@@ -62,7 +62,7 @@ class Evaluation:
     top5_error: float | None = None
     perplexity_ratio: float | None = None
     perplexity_ratio_error: float | None = None
-    layers: tuple[LayerError, ...] = ()
+    layers: tuple[OutputError, ...] = ()
 
     def margin(self, figure: str) -> float | None:
         """Half the width of the 95 % confidence interval of one of FIGURES; None where it has no standard error."""
@@ -110,7 +110,7 @@ def evaluate(
     tokenizers = [(base or each).require_path() for each in opened]
     ids = {t: _ids(data, t, length, windows) for t in dict.fromkeys(tokenizers)}  # every mistake in the data, before models
     for each in [*opened, *([base] if base else [])]:
-        _check_ids(each, ids[(base or each).require_path()])
+        check_ids(each, ids[(base or each).require_path()])
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     judge = open_model(base, dtype, where) if base else None
     done, total = 0, sum(len(ids[t]) for t in tokenizers)
@@ -119,7 +119,7 @@ def evaluate(
         start = time.monotonic()
         same = base is not None and each.require_path().resolve() == base.require_path().resolve()
         model: Any = judge if same else open_model(each, dtype, where)
-        outputs = LayerErrors(judge, model) if layers and not same else None
+        outputs = OutputErrors(judge, model) if layers and not same else None
         sums = []
         for window in _measure(model, judge, ids[tokenizer].to(where), each.source, outputs):
             sums.append(window)
@@ -144,7 +144,7 @@ def _ids(data: Source | Tensor, tokenizer: Source, length: int, windows: int | N
     return data[:windows].long()
 
 
-def _check_ids(checkpoint: Checkpoint, ids: Tensor) -> None:
+def check_ids(checkpoint: Checkpoint, ids: Tensor) -> None:
     """Raises QP131 for ids outside the vocabulary, QP105 for windows longer than the model's positions; both from config."""
     text = checkpoint.config.get("text_config")
     config = {**checkpoint.config, **(text if isinstance(text, dict) else {})}
@@ -169,7 +169,7 @@ class _Sums:
     among_five: float
 
 
-def _measure(model: Any, judge: Any, ids: Tensor, name: str, outputs: LayerErrors | None) -> Iterator[_Sums]:
+def _measure(model: Any, judge: Any, ids: Tensor, name: str, outputs: OutputErrors | None) -> Iterator[_Sums]:
     """The sums of each window of `ids` `[windows, length]`. Raises QP131, QP601."""
     import torch
 
@@ -212,7 +212,7 @@ def window_sums(q: Tensor, window: Tensor, p: Tensor | None) -> _Sums:
 
 
 def _summary(
-    name: str, sums: Sequence[_Sums], ids: Tensor, judged: bool, dtype: str, seconds: float, layers: tuple[LayerError, ...]
+    name: str, sums: Sequence[_Sums], ids: Tensor, judged: bool, dtype: str, seconds: float, layers: tuple[OutputError, ...]
 ) -> Evaluation:
     windows, length = ids.shape
     perplexity, perplexity_error = _exponential(_mean([s.nll / (length - 1) for s in sums]), "perplexity", name)
