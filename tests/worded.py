@@ -21,5 +21,5 @@ def make_model(folder: Path, seed: int, vocabulary: int = 64) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="?").save_pretrained(folder)
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quantplan.comparison.compare import Comparison
     from quantplan.evaluation.gates import Gate
     from quantplan.evaluation.metrics import Evaluation
+    from quantplan.evaluation.tasks import TaskFigure
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -38,7 +39,7 @@ WORST = 10  # layers shown
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories to measure.")],
-    data: Annotated[Path, typer.Option("--data", "-d", metavar="FILE", help="Text: .txt or .jsonl.")],
+    data: Annotated[Path | None, typer.Option("--data", "-d", metavar="FILE", help="Text: .txt or .jsonl.")] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", "-r", metavar="MODEL", help="The float model: KL and agreement with it.")
     ] = None,
@@ -52,13 +53,22 @@ def evaluate(
     max_kl: Annotated[float | None, typer.Option(min=0, help="Gate: end with 1 above it.")] = None,
     min_top1: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: end with 1 below it.")] = None,
     min_top5: Annotated[float | None, typer.Option(min=0, max=1, help="Gate: end with 1 below it.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", metavar="TASK", help="Task of lm-eval: a name, or a YAML file; repeatable."),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option("--include-path", metavar="DIR", help="Folder of task files; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of a task that run at once.")] = 1,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
     """Measure perplexity, KL divergence and agreement.
 
     KL (nats per token), top-1 and top-5 agreement and the ratio of perplexities are against --reference, the float model; ± is
-    half a 95 % confidence interval. Ends with 1 when a gate fails.
+    half a 95 % confidence interval. --task measures on tasks of lm-eval, with --data or without. Ends with 1 when a gate fails.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' own bars; ours is enough
     limits = {
@@ -68,36 +78,60 @@ def evaluate(
         "--min-top1": min_top1,
         "--min-top5": min_top5,
     }
+    if data is None and not task:
+        raise typer.BadParameter("there is nothing to measure on", param_hint="--data or --task")
+    if data is None and reference is not None:
+        raise typer.BadParameter("it is compared with on a text", param_hint="--reference without --data")
     if layers and reference is None:
         raise typer.BadParameter("errors of layers are measured beside --reference", param_hint="--layers")
-    gates = list(_gates(limits, reference is not None))
+    gates = list(_gates(limits, data is not None, reference is not None))
 
     from quantplan.evaluation import metrics
     from quantplan.evaluation.gates import failures
 
-    with show.progress("evaluating", quiet, in_bytes=False) as advance:
-        found = metrics.evaluate(
-            models,
-            data,
-            reference,
-            windows,
-            length,
-            layers=layers,
-            on_step=lambda name, done, total: advance(done, total, name),
-        )
+    found: list[Evaluation] = []
+    scores: list[tuple[TaskFigure, ...]] = []
+    with show.phases(quiet, in_bytes=(), still=("running tasks on",)) as advance:
+        if task:
+            from quantplan.evaluation.tasks import run_tasks
+
+            scores = run_tasks(
+                models,
+                task,
+                include_path or (),
+                limit,
+                batch_size,
+                on_step=lambda name, done, total: advance("running tasks on", done, total, name),
+                bars=not quiet and sys.stderr.isatty(),
+            )
+        if data is not None:
+            found = metrics.evaluate(
+                models,
+                data,
+                reference,
+                windows,
+                length,
+                layers=layers,
+                on_step=lambda name, done, total: advance("evaluating", done, total, name),
+            )
     failed = list(failures(gates, found))
     if as_json:
-        show.document({"evaluations": [e.as_dict() for e in found], "failed_gates": [p.as_dict() for p in failed]})
+        documents = [e.as_dict() for e in found] or [{"model": model} for model in models]
+        for document, figures in zip(documents, scores, strict=False):
+            document["tasks"] = [f.as_dict() for f in figures]
+        show.document({"evaluations": documents, "failed_gates": [p.as_dict() for p in failed]})
     else:
-        _show_figures(found)
+        if found:
+            _show_figures(found)
         for each in found:
             _show_layers(each)
+        _show_tasks(models, scores, below=bool(found))
     for problem in failed:
         print(render(problem), file=sys.stderr)
     return 1 if failed else 0
 
 
-def _gates(limits: dict[str, float | None], reference: bool) -> Iterator[Gate]:
+def _gates(limits: dict[str, float | None], data: bool, reference: bool) -> Iterator[Gate]:
     """A gate for every limit given. Raises BadParameter where its figure is not measured."""
     from quantplan.evaluation.gates import Gate
 
@@ -105,6 +139,8 @@ def _gates(limits: dict[str, float | None], reference: bool) -> Iterator[Gate]:
         if limit is None:
             continue
         gate = Gate(option, option[6:].replace("-", "_"), limit, least=option.startswith("--min"))
+        if not data:
+            raise typer.BadParameter("it is measured on --data, and none is given", param_hint=option)
         if gate.takes_reference and not reference:
             raise typer.BadParameter("it is measured against --reference alone, and none is given", param_hint=option)
         yield gate
@@ -127,6 +163,17 @@ def _show_figures(found: Iterable[Evaluation]) -> None:
         for e in found
     )
     show.table(("model", *(headings[n] for n in measured), "tokens", "time"), rows)
+
+
+def _show_tasks(models: Sequence[str], scores: Sequence[Sequence[TaskFigure]], below: bool) -> None:
+    rows = [
+        (f.task, f.metric, model, figure(f.value, f.margin, 4), "" if f.documents is None else f"{f.documents:,}")
+        for model, figures in zip(models, scores, strict=False)
+        for f in figures
+    ]
+    if rows:
+        print(end="\n" if below else "")
+        show.table(("task", "metric", "model", "value", "documents"), sorted(rows, key=lambda row: (row[0], row[1])))
 
 
 def _show_layers(found: Evaluation) -> None:

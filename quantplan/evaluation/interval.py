@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 CONFIDENCE = 0.95
+LARGE = 10_000  # degrees of freedom: with more, the value changes by less than 0.01 %
 
 
 def margin(error: float | None, windows: int) -> float | None:
@@ -13,8 +15,10 @@ def margin(error: float | None, windows: int) -> float | None:
     return None if error is None or windows < 2 else student_t(windows - 1) * error
 
 
+@cache
 def student_t(freedom: int) -> float:
     """What the magnitude of Student's t with `freedom` degrees of freedom stays below with probability 0.95."""
+    freedom = min(freedom, LARGE)
     low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom)), which the probability grows with
     while high - low > 1e-15:
         middle = (low + high) / 2

@@ -36,7 +36,8 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device:
     refused: Exception | None = None
     for chosen in (torch.float32, torch.bfloat16) if dtype is None else (dtype,):
         try:
-            return _run_once(_load(checkpoint, chosen, packed).eval().to(device))
+            with contextlib.redirect_stderr(io.StringIO()):  # bars of compressed-tensors, which no setting switches off
+                return _run_once(_load(checkpoint, chosen, packed).eval().to(device))
         except QuantplanError:
             raise
         except Exception as error:  # noqa: BLE001 - a format's refusal of float32 has no type of its own
@@ -64,10 +65,9 @@ def _load(checkpoint: Checkpoint, dtype: torch.dtype, packed: bool) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         config.quantization_config["dequantize"] = True
         options["config"] = config
-    with contextlib.redirect_stderr(io.StringIO()):  # bars of compressed-tensors, which no setting switches off
-        opened: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
-        )
+    opened: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options
+    )
     model, found = opened
     missing = sorted(found["missing_keys"])
     if missing:
