@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantplan.cli import show
-from quantplan.errors import render
+from quantplan.errors import QuantplanError, render
 
 if TYPE_CHECKING:
     from quantplan.comparison.compare import Comparison
@@ -147,10 +147,10 @@ def _gates(limits: dict[str, float | None], data: bool, reference: bool) -> Iter
 
 
 def figure(value: float | None, margin: float | None, digits: int) -> str:
-    """`0.51784 ± 0.02101`; empty for what was not measured."""
+    """`0.51784 ± 0.02101`; empty for what was not measured. A model beside itself has no error to show."""
     if value is None:
         return ""
-    return f"{value:.{digits}f}" + ("" if margin is None else f" ± {margin:.{digits}f}")
+    return f"{value:.{digits}f}" + (f" ± {margin:.{digits}f}" if margin else "")
 
 
 def _show_figures(found: Iterable[Evaluation]) -> None:
@@ -211,9 +211,13 @@ def compare(
     when a model could not be measured; the others' figures are shown.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")
+    from quantplan.checkpoint.durable import named_errors
     from quantplan.comparison.compare import compare as measured
     from quantplan.comparison.measure import Settings
 
+    if output is not None:  # not found out after minutes
+        with named_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
     settings = Settings(prompt_tokens, new_tokens, runs, threads, dtype.value, device)
     with show.phases(quiet, still=("measuring",)) as advance:
 
@@ -221,20 +225,25 @@ def compare(
             advance(phase, done, total, name)
 
         found = measured(reference, models, data, windows, length, settings, on_step)
-    if output is not None:
-        for path in _write_report(output, found.as_dict()):
-            print(f"{path} written", file=sys.stderr)
     if as_json:
         show.document(found.as_dict())
     else:
         _show_comparison(found)
     for problem in found.problems:
         print(render(problem), file=sys.stderr)
-    return 3 if found.problems else 0
+    status = 3 if found.problems else 0
+    try:
+        for path in _write_report(output, found.as_dict()) if output is not None else ():
+            print(f"{path} written", file=sys.stderr)
+    except QuantplanError as error:  # the figures are shown already, and stand
+        for problem in error.problems:
+            print(render(problem), file=sys.stderr)
+        return status or error.exit_status
+    return status
 
 
 def _write_report(folder: Path, document: dict[str, Any]) -> Iterator[Path]:
-    """report.json in `folder`, and report.html where quantplan can make it. Raises QP401 to QP403."""
+    """report.json in `folder`, then report.html. Raises QP401 to QP403, QP405 where a package is missing."""
     from quantplan.checkpoint.durable import named_errors, write_durably
     from quantplan.checkpoint.layout import json_bytes
 
@@ -242,7 +251,7 @@ def _write_report(folder: Path, document: dict[str, Any]) -> Iterator[Path]:
         write_durably(folder / "report.json", json_bytes(document))
         yield folder / "report.json"
         try:
-            from quantplan.report import comparison_page
+            from quantplan.report.compared import comparison_page
         except ModuleNotFoundError:
             return
         write_durably(folder / "report.html", comparison_page(document).encode())

@@ -128,7 +128,7 @@ def compare(
 
 def _names(paths: list[str]) -> list[str]:
     """What each model is called: the last part of its path, or all of it where that is another's too."""
-    short = [Path(path).resolve().name if Path(path).exists() else path for path in paths]
+    short = [Path(os.path.abspath(path)).name if Path(path).exists() else path for path in paths]
     return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
 
 
