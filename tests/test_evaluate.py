@@ -13,30 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from worded import TEXT, WORDS, make_model
 
 import quantplan
+from quantplan import cli
 from quantplan.errors import QuantplanError
 from quantplan.evaluation import metrics
+from quantplan.evaluation.gates import Gate, failures
+from quantplan.evaluation.interval import student_t
 from quantplan.evaluation.metrics import Evaluation, evaluate, window_sums
 from quantplan.evaluation.text import read_text, token_windows
-
-WORDS = [f"w{i}" for i in range(60)]
-TEXT = " ".join(WORDS[(i * i + 3 * i) % 60] for i in range(200))
-
-
-def make_model(folder: Path, seed: int, vocabulary: int = 64) -> Path:
-    """A random Llama of two layers, with a tokenizer of words."""
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=vocabulary, max_position_embeddings=64, num_key_value_heads=2, initializer_range=0.3, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *WORDS])}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +45,21 @@ def raised(code: str, *arguments: Any, call: Any = evaluate, **options: Any) -> 
     return str(caught.value)
 
 
-def slowly(model: Path, reference: Path, ids: torch.Tensor) -> tuple[float, float, float]:
-    """Perplexity, KL and agreement, token by token and word by word, in float64."""
+def slowly(model: Path, reference: Path, ids: torch.Tensor) -> tuple[float, float, float, float, float]:
+    """Perplexity, its ratio, KL and agreements, token by token and word by word, in float64."""
     q_model, p_model = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float64).eval() for m in (model, reference))
-    nll = kl = agree = 0.0
+    nll = other = kl = agree = five = 0.0
     for row in ids:
         with torch.no_grad():
             q, p = (torch.softmax(m(row[None]).logits[0], -1).tolist() for m in (q_model, p_model))
         nll -= sum(math.log(q[t][row[t + 1]]) for t in range(len(row) - 1))
+        other -= sum(math.log(p[t][row[t + 1]]) for t in range(len(row) - 1))
         kl += sum(pv * math.log(pv / qv) for t in range(len(row)) for pv, qv in zip(p[t], q[t], strict=True))
         agree += sum(p[t].index(max(p[t])) == q[t].index(max(q[t])) for t in range(len(row)))
-    return math.exp(nll / (ids.numel() - len(ids))), kl / ids.numel(), agree / ids.numel()
+        five += sum(q[t].index(max(q[t])) in sorted(range(len(p[t])), key=lambda v, t=t: -p[t][v])[:5] for t in range(len(row)))
+    predictions = ids.numel() - len(ids)
+    ratio = math.exp((nll - other) / predictions)
+    return math.exp(nll / predictions), ratio, kl / ids.numel(), agree / ids.numel(), five / ids.numel()
 
 
 @pytest.mark.parametrize("chunk", [3, 256])
@@ -73,10 +67,12 @@ def test_figures_equal_a_slow_computation(made: dict[str, Path], chunk: int, mon
     monkeypatch.setattr(metrics, "CHUNK", chunk)
     [found] = evaluate([made["b"]], made["data"], made["a"], length=16)
     ids = token_windows(made["data"], made["a"], 16)
-    perplexity, kl, top1 = slowly(made["b"], made["a"], ids)
+    perplexity, ratio, kl, top1, top5 = slowly(made["b"], made["a"], ids)
     assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
     assert found.kl == pytest.approx(kl, rel=1e-5)
+    assert found.perplexity_ratio == pytest.approx(ratio, rel=1e-5)
     assert found.top1 == pytest.approx(top1)
+    assert found.top5 == pytest.approx(top5) and found.top1 < found.top5 < 1
     assert (found.tokens, found.windows, found.dtype, found.model) == (192, 12, "float32", str(made["b"]))
 
 
@@ -84,12 +80,96 @@ def test_standard_errors_are_of_the_windows(made: dict[str, Path]) -> None:
     ids = token_windows(made["data"], made["a"], 16)
     each = [evaluate(made["b"], ids[i : i + 1], made["a"])[0] for i in range(len(ids))]
     [found] = evaluate(made["b"], ids, made["a"])
-    for name in ("kl", "top1"):
+    for name in ("kl", "top1", "top5"):
         values = torch.tensor([getattr(e, name) for e in each], dtype=torch.float64)
         assert getattr(found, f"{name}_error") == pytest.approx((values.std() / len(ids) ** 0.5).item())
     logs = torch.tensor([math.log(e.perplexity) for e in each], dtype=torch.float64)
     assert found.perplexity_error == pytest.approx(found.perplexity * (logs.std() / len(ids) ** 0.5).item())
-    assert each[0].perplexity_error is each[0].kl_error is each[0].top1_error is None
+    ratios = torch.tensor([math.log(e.perplexity_ratio or 0) for e in each], dtype=torch.float64)
+    assert found.perplexity_ratio_error == pytest.approx((found.perplexity_ratio or 0) * (ratios.std() / len(ids) ** 0.5).item())
+    assert each[0].perplexity_error is each[0].kl_error is each[0].top1_error is each[0].top5_error is None
+    assert [each[0].margin(name) for name in metrics.FIGURES] == [None] * 5 and each[0].as_dict()["intervals"] == {}
+    low, high = found.as_dict()["intervals"]["kl"]  # twelve windows: Student's t with eleven degrees of freedom
+    assert (high + low) / 2 == pytest.approx(found.kl)
+    assert high - low == pytest.approx(2 * 2.20098516 * (found.kl_error or 0))
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062047), (2, 4.30265273), (5, 2.57058184), (10, 2.22813885), (99, 1.98421695)]
+)
+def test_students_t_is_that_of_the_tables(freedom: int, t: float) -> None:
+    assert student_t(freedom) == pytest.approx(t, rel=1e-8)
+
+
+def test_errors_of_layers_are_of_their_outputs(made: dict[str, Path]) -> None:
+    """Against outputs caught by hand, over two windows."""
+    ids = token_windows(made["data"], made["a"], 16, 2)
+    [found] = evaluate(made["b"], ids, made["a"], layers=True)
+    models = [AutoModelForCausalLM.from_pretrained(made[name], dtype=torch.float32).eval() for name in "ab"]
+    names = [n for n, m in models[0].named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    assert {e.name for e in found.layers if e.kind == "linear"} == set(names) and len(names) == 14
+    assert [e.name for e in found.layers if e.kind == "block"] == ["model.layers.0", "model.layers.1"]
+    for name in ("model.layers.1", "model.layers.0.mlp.down_proj"):
+        caught: list[torch.Tensor] = []
+        for model in models:
+            model.get_submodule(name).register_forward_hook(lambda module, inputs, y, caught=caught: caught.append(y))
+            with torch.no_grad():
+                model(ids)
+        expected = (caught[1] - caught[0]).square().sum() / caught[0].square().sum()
+        assert next(e.error for e in found.layers if e.name == name) == pytest.approx(expected.item(), rel=1e-4)
+    assert evaluate(made["b"], ids, made["a"])[0].layers == ()
+    assert evaluate(made["a"], ids, made["a"], layers=True)[0].layers == ()  # one model, not two
+    assert "beside a reference" in raised("QP105", made["b"], ids, layers=True)
+
+
+def test_the_error_of_the_first_quantized_linear_is_its_own(made: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing before the quantized layer differs, and all after it does."""
+    plan = {"default": {"keep": True}, "overrides": [{"pattern": "*.layers.1.mlp.down_proj", "wq": "int8"}]}
+    quantplan.apply(made["a"], plan, tmp_path / "out")
+    [found] = evaluate(tmp_path / "out", made["data"], made["a"], 2, 16, layers=True)
+    errors = {e.name: e.error for e in found.layers}
+    assert {n for n in errors if errors[n] == 0} >= {"model.layers.0", "model.layers.1.mlp.up_proj"}
+    assert 0 < errors["model.layers.1.mlp.down_proj"] < 1e-3 and errors["model.layers.1"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--max-kl", "100"], 0, []),
+        (["--max-kl", "0.001", "--min-top1", "1", "--min-top5", "0"], 1, ["KL ", "--max-kl 0.001", "top-1 ", "--min-top1 1"]),
+        (["--max-perplexity", "1"], 1, ["perplexity "]),
+        (["--max-perplexity-ratio", "0.01"], 1, ["perplexity ratio "]),
+        (["--max-kl", "nan"], 2, ["--max-kl"]),
+        (["--min-top1", "1.5"], 2, ["--min-top1"]),
+    ],
+)
+def test_gates(
+    made: dict[str, Path], capsys: pytest.CaptureFixture[str], options: list[str], status: int, says: list[str]
+) -> None:
+    files = [str(made["b"]), "-d", str(made["data"]), "--length", "16", "-r", str(made["a"]), "-q", "--json"]
+    assert cli.run(["eval", *files, *options]) == status
+    shown = capsys.readouterr()
+    assert all(text in shown.err for text in says)
+    if status < 2:
+        document = json.loads(shown.out)
+        assert len(document["evaluations"]) == 1 and len(document["failed_gates"]) == len(says) - (len(says) > 1) * 2
+        assert {p["code"] for p in document["failed_gates"]} <= {"QP805"}
+
+
+def test_a_gate_on_what_is_not_measured_is_a_mistake(made: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(made["b"]), "-d", str(made["data"]), "--length", "16", "-q"]
+    for option in ("--max-kl", "--min-top1", "--min-top5", "--max-perplexity-ratio"):
+        assert cli.run(["eval", *files, option, "0.5"]) == 2
+        assert "--reference" in capsys.readouterr().err
+    assert cli.run(["eval", *files, "--layers"]) == 2
+    assert cli.run(["eval", *files, "--max-perplexity", "1e9"]) == 0
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_a_limit_that_is_reached_is_kept(value: float, limit: float, least: bool) -> None:
+    found = Evaluation("m", 2.0, value, value, 8, 1, "float32", 0.0)
+    failed = list(failures([Gate("--max-kl", "kl", limit, least)], [found]))
+    assert bool(failed) == (value < limit if least else value > limit)
 
 
 def test_a_model_is_no_distance_from_itself(made: dict[str, Path], tmp_path: Path) -> None:
@@ -97,7 +177,7 @@ def test_a_model_is_no_distance_from_itself(made: dict[str, Path], tmp_path: Pat
     copy = make_model(tmp_path / "copy", 0)
     for twin in (made["a"], tmp_path / "twin", copy):
         [found] = evaluate([twin], made["data"], made["a"], length=16, windows=2)
-        assert (found.kl, found.top1) == (0, 1)
+        assert (found.kl, found.top1, found.top5, found.perplexity_ratio) == (0, 1, 1, 1)
 
 
 def test_without_a_reference_there_is_perplexity_alone(made: dict[str, Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantplan import __version__
-from quantplan.cli import inspecting, plans, registries, runs
+from quantplan.cli import inspecting, measures, plans, registries, runs
 
 app = typer.Typer(
     name="quantplan",
@@ -41,7 +41,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "estimate": plans.estimate,
     "verify": runs.verify,
     "inspect": inspecting.inspect,
-    "eval": runs.evaluate,
+    "eval": measures.evaluate,
+    "compare": measures.compare,
     "schemes": registries.schemes,
     "algorithms": registries.algorithms,
     "transforms": registries.transforms,

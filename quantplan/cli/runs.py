@@ -1,4 +1,4 @@
-"""Commands that do the work: apply, verify, eval."""
+"""Commands that do the work: apply, calibrate, verify."""
 
 from __future__ import annotations
 
@@ -216,42 +216,3 @@ def _show_verification(found: Verification) -> None:
         print(f"{found.out}: {found.tensors} tensors, all as {checked} {'say' if found.source_checked else 'says'}")
     else:
         print(f"{found.out}: {len(found.problems)} problem{'s' * (len(found.problems) != 1)}")
-
-
-def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories to measure.")],
-    data: Annotated[Path, typer.Option("--data", "-d", metavar="FILE", help="Text: .txt or .jsonl.")],
-    reference: Annotated[
-        str | None, typer.Option("--reference", "-r", metavar="MODEL", help="The float model: KL and top-1 agreement.")
-    ] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="How many windows; all by default.")] = None,
-    length: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 1024,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> int:
-    """Measure perplexity, KL divergence and top-1 agreement.
-
-    KL (nats per token) and agreement are against --reference, the float model.
-    """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the loaders' own bars; ours is enough
-    from quantplan.evaluation import metrics
-
-    with show.progress("evaluating", quiet) as advance:
-        found = metrics.evaluate(
-            models, data, reference, windows, length, on_step=lambda name, done, total: advance(done, total, name)
-        )
-    if as_json:
-        show.document({"evaluations": [e.as_dict() for e in found]})
-        return 0
-    rows = (
-        (
-            e.model,
-            f"{e.perplexity:.3f}",
-            *(("" if v is None else f"{v:.5f}") for v in (e.kl, e.top1)),
-            f"{e.tokens:,}",
-            f"{e.seconds:.0f} s",
-        )
-        for e in found
-    )
-    show.table(("model", "perplexity", "KL", "top-1", "tokens", "time"), rows)
-    return 0

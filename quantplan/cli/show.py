@@ -15,7 +15,7 @@ from quantplan.errors import QuantplanError, fail, size
 
 __all__ = ["document", "event_log", "phases", "progress", "size", "table"]
 
-NUMBER = re.compile(r"[+−-]?[\d.,]*( ?(B|kB|MB|GB|TB|s|%))?")
+NUMBER = re.compile(r"[+−-]?[\d.,]*(e[+-]\d+)?((–| ± )[\d.,]+)?( ?(B|kB|MB|GB|TB|s|ms|%))?")
 
 
 class Advance(Protocol):
@@ -30,18 +30,20 @@ def document(data: Any) -> None:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]], title: str = "") -> None:
-    """A table on standard output; whole cells, whatever the width, when it is not a terminal."""
+    """A table on standard output, after a line that is its title; whole cells, whatever the width, when it is not a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     cells = [[str(cell) for cell in row] for row in rows]
     numeric = [bool(cells) and all(NUMBER.fullmatch(row[i]) for row in cells) for i in range(len(headings))]
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for heading, right in zip(headings, numeric, strict=True):
         made.add_column(heading, justify="right" if right else "left", overflow="fold")
     for row in cells:
         made.add_row(*(Text(cell) for cell in row))  # Text: names of a checkpoint are no markup
+    if title:
+        print(title)
     Console(soft_wrap=False, width=None if sys.stdout.isatty() else 240).print(made)
 
 
@@ -57,8 +59,11 @@ def progress(label: str, quiet: bool = False, in_bytes: bool = True) -> Iterator
 
 
 @contextmanager
-def phases(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]]:
-    """Progress of a run in several phases: a `progress` for each, opened when it is first heard of."""
+def phases(
+    quiet: bool = False, in_bytes: Sequence[str] = ("quantizing",), still: Sequence[str] = ()
+) -> Iterator[Callable[[str, int, int, str], None]]:
+    """Progress of a run in several phases: a `progress` for each, opened when it is first heard of. Phases in `still` are a line
+    a step, and nothing moves meanwhile: what is timed is not disturbed."""
     with ExitStack() as stack:
         now: dict[str, Advance] = {}
 
@@ -66,7 +71,9 @@ def phases(quiet: bool = False) -> Iterator[Callable[[str, int, int, str], None]
             if phase not in now:
                 stack.close()
                 now.clear()
-                now[phase] = stack.enter_context(progress(phase, quiet, phase == "quantizing"))
+                now[phase] = (
+                    _still(phase, quiet) if phase in still else stack.enter_context(progress(phase, quiet, phase in in_bytes))
+                )
             now[phase](done, total, name)
 
         yield advance
@@ -98,6 +105,14 @@ def event_log(path: Path | None) -> Iterator[Callable[[Mapping[str, Any]], None]
                 raise refused(error) from error
 
         yield record
+
+
+def _still(label: str, quiet: bool) -> Advance:
+    def line(done: int, total: int, name: str) -> None:
+        if not quiet:
+            print(f"{label} {name} ({done + 1} of {total})", file=sys.stderr, flush=True)
+
+    return line
 
 
 def _bar(label: str, in_bytes: bool) -> Iterator[Advance]:

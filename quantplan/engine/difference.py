@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Difference:
     """`x`, the reference, against `y`: `snr = 10 log10(sum x^2 / sum (x - y)^2)` in dB, infinite when they are equal;
-    `relative = sqrt(sum (x - y)^2 / sum x^2)`; `largest = max |x - y|`; `mean = mean |x - y|`; `cosine = x·y / (|x| |y|)`;
-    `mean_relative = mean(|x - y| / (|x| + 1e-8))`, seed 003's, which numbers near zero dominate."""
+    `relative = sqrt(sum (x - y)^2 / sum x^2)`; `largest = max |x - y|`; `mean = mean |x - y|`; `squared = mean (x - y)^2`;
+    `cosine = x·y / (|x| |y|)`; `mean_relative = mean(|x - y| / (|x| + 1e-8))`, seed 003's, which numbers near zero dominate."""
 
     snr: float
     relative: float
     largest: float
     mean: float
+    squared: float
     cosine: float
     mean_relative: float
 
@@ -31,6 +32,7 @@ class Difference:
             "relative_error": self.relative,
             "max_error": self.largest,
             "mean_error": self.mean,
+            "mean_squared_error": self.squared,
             "cosine": self.cosine,
             "mean_relative_error": self.mean_relative,
         }
@@ -67,6 +69,7 @@ class DifferenceSums:
             relative=math.sqrt(self._noise / self._signal) if known else 0.0 if exact else math.inf,
             largest=self._largest,
             mean=self._absolute / max(1, self._count),
+            squared=self._noise / max(1, self._count),
             cosine=self._product / lengths if lengths else 1.0 if exact else 0.0,
             mean_relative=self._relative / max(1, self._count),
         )

@@ -31,17 +31,20 @@ ROWS = 1 << 20  # weights compared at a time
 
 @dataclass(frozen=True)
 class LayerError:
-    """How far a quantized matrix is from its source: signal-to-noise ratio in dB (infinite when exact), largest difference."""
+    """How far a quantized matrix is from its source: signal-to-noise ratio in dB (infinite when exact), largest difference, mean
+    squared difference."""
 
     name: str
     scheme: str
     snr: float
     largest: float
+    mse: float
+    weights: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; JSON has no infinity, so an exact matrix has no `snr_db`."""
         snr = round(self.snr, 3) if math.isfinite(self.snr) else None
-        return {"module": self.name, "scheme": self.scheme, "snr_db": snr, "max_error": self.largest}
+        return {"module": self.name, "scheme": self.scheme, "snr_db": snr, "max_error": self.largest, "mse": self.mse}
 
 
 @dataclass(frozen=True)
@@ -216,13 +219,13 @@ def compare(
 
 
 def layer_error(unit: Unit, output: Format, old: TensorReader, new: TensorReader) -> LayerError:
-    """The error of one matrix: the signal-to-noise ratio and largest difference of `Difference`."""
+    """The error of one matrix: the signal-to-noise ratio, largest and mean squared difference of `Difference`."""
     matrix, assignment = unit.matrix, unit.assignment
     assert matrix is not None and assignment is not None and assignment.wq is not None
     stored = output.decode(matrix, assignment.wq, assignment.aq, new.read)
     restored = assignment.wq.quantizer().dequantize(stored)
     found = difference((w, restored[at : at + len(w)]) for at, w in row_pieces(matrix, old))
-    return LayerError(matrix.name, assignment.wq.name, found.snr, found.largest)
+    return LayerError(matrix.name, assignment.wq.name, found.snr, found.largest, found.squared, matrix.rows * matrix.columns)
 
 
 def row_pieces(matrix: Matrix, reader: TensorReader) -> Iterator[tuple[int, Tensor]]:
@@ -245,8 +248,3 @@ def _same_bytes(before: TensorInfo, after: TensorInfo, old: TensorReader, new: T
 def _hash_tensor(folder: Path, info: TensorInfo) -> str:
     with open(folder / info.file, "rb", buffering=0) as file:
         return hash_range(file.fileno(), info.start, info.size)
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        return hash_range(file.fileno(), 0, path.stat().st_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,10 +22,12 @@ def local(model: str | os.PathLike[str]) -> Checkpoint:
     return with_weights(read_checkpoint(model))
 
 
-def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu") -> Any:
+def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu", packed: bool = False) -> Any:
     """The causal language model of a checkpoint, in eval mode on `device`, having run once on two tokens.
 
-    Without a `dtype`: float32 where the format allows it, else bfloat16. No code of the checkpoint runs.
+    Without a `dtype`: float32 where the format allows it, else bfloat16. `packed`: what quantplan wrote is opened by
+    `quantplan.load`, with weights as narrow in memory as they are stored, and not by its format's own reader. No code of the
+    checkpoint runs.
     Raises QuantplanError: QP222 (it cannot be loaded or run), QP221 (weights missing: they would be random), QP405 (a
     package is missing).
     """
@@ -32,7 +36,8 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device:
     refused: Exception | None = None
     for chosen in (torch.float32, torch.bfloat16) if dtype is None else (dtype,):
         try:
-            return _run_once(_load(checkpoint, chosen).eval().to(device))
+            with contextlib.redirect_stderr(io.StringIO()):  # bars of compressed-tensors, which no setting switches off
+                return _run_once(_load(checkpoint, chosen, packed).eval().to(device))
         except QuantplanError:
             raise
         except Exception as error:  # noqa: BLE001 - a format's refusal of float32 has no type of its own
@@ -46,13 +51,13 @@ def open_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device:
     raise fail("QP222", f"cannot be loaded: {reason}", advice, file=checkpoint.source) from refused
 
 
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _load(checkpoint: Checkpoint, dtype: torch.dtype, packed: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = checkpoint.require_path()
     options: dict[str, Any] = {}
     method, zero_points = _quantization(checkpoint.config)
-    if method == "quantplan" or (zero_points and (path / RECORD).exists()):
+    if method == "quantplan" or ((zero_points or (packed and method)) and (path / RECORD).exists()):
         from quantplan import load
 
         return load(path, dtype=dtype)
