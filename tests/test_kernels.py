@@ -80,13 +80,13 @@ def _close(kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, rounded: torch
     y = kernel(x)
     exact = rounded.double() @ weight.double().T
     bound = rounded.double().abs() @ weight.double().abs().amax(1, keepdim=True).expand_as(weight).T
-    eps = torch.finfo(x.dtype).eps
+    eps = torch.finfo(x.dtype).eps * (4 if x.dtype is torch.float32 else 1)  # sums are float32, too
     assert y.dtype == x.dtype and y.shape == exact.shape
     assert torch.isfinite(y).all()
     assert ((y.double() - exact).abs() <= eps * (bound + exact.abs()) + 1e-30).all()
     if len(x):
         error = (y.double() - exact).norm() / exact.norm().clamp(min=1e-30)
-        assert error <= 4 * eps, f"relative error {error}"
+        assert error <= 2 * eps, f"relative error {error}"
 
 
 def _inputs(aq: SchemeConfig | None, x: torch.Tensor):
@@ -202,7 +202,10 @@ def test_codes_lie_in_memory_once() -> None:
     made = layer(scheme("int4"))
     made(torch.zeros(1, 256, dtype=torch.bfloat16))
     assert made._kernel is not None and made._buffers["weight_codes"] is None
-    assert "weight_codes" in made.state_dict()
+    assert made.weight_codes.dtype == torch.uint8 and made._kernel is None  # what is asked for may be changed
+    made.weight_codes.zero_()
+    y = made(torch.ones(1, 256, dtype=torch.bfloat16))
+    torch.testing.assert_close(y, made.to_linear()(torch.ones(1, 256, dtype=torch.bfloat16)), rtol=2e-2, atol=1e-2)
 
 
 def test_gradients_reach_the_inputs() -> None:
