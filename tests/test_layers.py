@@ -50,7 +50,7 @@ ORDER = (
         "checkpoint",
         "estimate",
     ),
-    *("explain", "live", "calibration", "engine", "kernel", "kernels", "nn", "hf", "evaluation", "cli", "__main__"),
+    *("explain", "live", "calibration", "engine", "gpu", "kernel", "kernels", "nn", "hf", "evaluation", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
 LEAVES = ("schemes", "observers", "algorithms", "transforms", "formats", "kernels")

@@ -1,0 +1,51 @@
+"""Triton's kernels: right in Triton's interpreter, and compiled for GPUs, which takes none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import job, scheme
+
+from quantplan import gpu
+from quantplan.kernel import KERNELS, serving
+
+HERE = Path(__file__).parent
+
+
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "triton_kernels.py")]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
+
+
+def test_the_cpu_is_not_served_without_the_interpreter() -> None:
+    assert not gpu.interpreted()
+    assert gpu.refuse(torch.device("cpu")) == "it runs on cuda, not on cpu"
+    found = serving(job(scheme("nf4")))
+    assert found is None or found.name != "triton"
+    assert KERNELS.get("triton").refuse(job(scheme("nf4"))) == "it runs on cuda, not on cpu"
+
+
+def test_a_missing_triton_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "_installed", lambda: False)
+    assert gpu.refuse(torch.device("cuda")) == "the package triton is not installed (pip install quantplan[gpu])"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["int4", "int3", "fp8", "nf4", "nvfp4", "mxfp4"])
+def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch) -> None:
+    """To machine code, within the shared memory of the smallest GPU of its generation (8.6: 99 KiB)."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton_compiled
+
+    for kernel in triton_compiled.matmul_kernels(scheme(name), capability):
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= 99 * 1024
