@@ -15,7 +15,7 @@ from quantplan.scheme import SchemeConfig
 
 @dataclass(frozen=True)
 class Levels:
-    """`value = step * (level - zero point)`, and the level of a code is the code (`integer`), a float of `mantissa` bits (`float`;
+    """`value = step * (level - zero point)`. The level of a code is the code (`integer`), a float of `mantissa` bits (`float`;
     `unit` is 2 to the difference between a float32's bias and its own), or found in a table."""
 
     kind: Literal["integer", "float", "table"]
