@@ -17,9 +17,10 @@ from quantplan.kernel import KERNELS, serving
 HERE = Path(__file__).parent
 
 
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_rounding.py"])
+def test_in_the_interpreter(file) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / "triton_kernels.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / file)]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-2000:]
@@ -46,6 +47,9 @@ def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch) -> No
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton_compiled
 
-    for kernel in triton_compiled.matmul_kernels(scheme(name), capability):
+    for kernel in (
+        *triton_compiled.matmul_kernels(scheme(name), capability),
+        *triton_compiled.rounding(scheme(name), capability),
+    ):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= 99 * 1024

@@ -9,6 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantplan.gpu import matmul
+from quantplan.gpu import rounding as rounds
 from quantplan.scheme import SchemeConfig
 
 TYPES = {
@@ -76,4 +77,19 @@ def matmul_kernels(wq: SchemeConfig, capability: int):
         for launch in catch(matmul, lambda x=x, way=way: matmul.matmul(x, packed, way)):
             yield compiled(*launch, capability)
     for launch in catch(matmul, lambda: matmul.dequantize(packed, torch.bfloat16)):
+        yield compiled(*launch, capability)
+
+
+def rounding(wq: SchemeConfig, capability: int):
+    """The kernels that round to this scheme's grid and pack its codes, compiled."""
+    x = torch.ones(8, 1024, dtype=torch.bfloat16)
+    launches = catch(rounds, lambda: rounds.pack(_matrix(wq, 64, 1024).codes, wq.bits))
+    checked = rounds.check_finite
+    try:
+        rounds.check_finite = lambda faults: None  # nothing was computed
+        launches += catch(rounds, lambda: rounds.fake_quantize(x, wq))
+        launches += catch(rounds, lambda: rounds.quantize(x, wq))
+    finally:
+        rounds.check_finite = checked
+    for launch in launches:
         yield compiled(*launch, capability)

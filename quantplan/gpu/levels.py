@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantplan.numerics import E2M1, E2M3, E3M2, E4M3, E5M2, float_values
+from quantplan.numerics import E2M1, E2M3, E3M2, E4M3, E5M2, FloatFormat, float_values
 from quantplan.scheme import SchemeConfig
 
 
@@ -24,16 +24,23 @@ class Levels:
     unit: float = 1.0
 
 
+@cache
 def levels_of(scheme: SchemeConfig) -> Levels:
     """How a kernel gets from codes to levels."""
     values = level_table(scheme)
     integers = torch.arange(2**scheme.bits) - (2 ** (scheme.bits - 1) if scheme.symmetric_grid else 0)
     if torch.allclose(values, integers.float(), atol=1e-4):
         return Levels("integer", scheme.bits)
-    for known in (E2M1, E2M3, E3M2, E4M3, E5M2):
-        if known.bits == scheme.bits and torch.allclose(values, float_values(known), equal_nan=True):
-            return Levels("float", known.bits, known.mantissa_bits, 2.0 ** (127 - known.bias))
-    return Levels("table", scheme.bits)
+    known = format_of(scheme)
+    return Levels("float", known.bits, known.mantissa_bits, 2.0 ** (127 - known.bias)) if known else Levels("table", scheme.bits)
+
+
+@cache
+def format_of(scheme: SchemeConfig) -> FloatFormat | None:
+    """The small float that the levels are; None where they are none."""
+    values, formats = level_table(scheme), (E2M1, E2M3, E3M2, E4M3, E5M2)
+    same = (f for f in formats if f.bits == scheme.bits and torch.allclose(values, float_values(f), equal_nan=True))
+    return next(same, None)
 
 
 @cache
