@@ -39,8 +39,10 @@ def test_a_missing_triton_is_said(monkeypatch) -> None:
     assert gpu.refuse(torch.device("cuda")) == "the package triton is not installed (pip install quantplan[gpu])"
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["int4", "int3", "fp8", "nf4", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "name, capability",
+    [("int4", 80), ("int3", 80), ("int4", 90), ("int3", 90), ("fp8", 90), ("nf4", 90), ("nvfp4", 90), ("mxfp4", 90)],
+)
 def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch) -> None:
     """To machine code, within the shared memory of the smallest GPU of its generation (8.6: 99 KiB)."""
     pytest.importorskip("triton")
@@ -53,3 +55,9 @@ def test_kernels_compile_for_gpus(name, capability, tmp_path, monkeypatch) -> No
     ):
         assert kernel.asm["cubin"]
         assert kernel.metadata.shared <= 99 * 1024
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_the_benchmark_says_that_there_is_no_gpu() -> None:
+    done = subprocess.run([sys.executable, str(HERE.parent / "scripts/bench/gpu")], capture_output=True, text=True)
+    assert done.returncode == 4 and done.stdout == "" and "no GPU" in done.stderr

@@ -273,8 +273,11 @@ def _launch_gemm(x: Tensor, weight: Packed) -> Tensor:
     shapes, options = _described(weight)
     tokens, rows, columns = x.shape[0], len(weight.words), weight.columns
     options.pop("PER")
-    block_m = max(16, min(64, triton.next_power_of_2(tokens)))
-    block_n, block_k = 64, 32 if x.dtype is torch.float32 else 64
+    wide = x.dtype is torch.float32  # has no matrix units, and registers for a smaller tile
+    block_m = max(16, min(32 if wide else 64, triton.next_power_of_2(tokens)))
+    # longer tiles read more of a row at once; wherever else, they would take registers that are not there
+    long = block_m == 16 and options["BY_WORD"] and weight.levels.bits <= 4 and weight.levels.kind != "table"
+    block_n, block_k = (32, 32) if wide else (64, 128 if long else 64)
     across, down = triton.cdiv(tokens, block_m), triton.cdiv(rows, block_n)
     parts = max(1, min(PROCESSORS // (across * down), columns // (4 * block_k)))
     share = triton.cdiv(triton.cdiv(columns, parts), block_k) * block_k
@@ -283,5 +286,6 @@ def _launch_gemm(x: Tensor, weight: Packed) -> Tensor:
     _gemm[(across, down, parts)](
         x, *_tensors(weight), y, *x.stride(), tokens, rows, *shapes, share, **options,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, WIDENED=interpreted(),
+        num_stages=3 if options["BY_WORD"] else 2,  # without, each code is a load on its way
     )  # fmt: skip
     return y[0] if parts == 1 else y.sum(0).to(x.dtype)

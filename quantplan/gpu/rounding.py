@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from quantplan.gpu.levels import format_of, level_table, levels_of
-from quantplan.gpu.values import float_of, power_of
+from quantplan.gpu.values import float_of, level_of, power_of
 from quantplan.numerics import E2M1, packed_bytes
 from quantplan.scheme import SchemeConfig, check_finite
 from quantplan.tensor import QuantizedTensor
 
-NAMES = tuple(f"int{bits}" for bits in range(2, 9)) + ("fp8", "fp4", "nf4", "nvfp4", "mxfp4", "mxfp6", "mxfp8")
+NAMES = (*(f"int{bits}" for bits in range(2, 9)), "fp8", "fp4", "nf4", "nvfp4", "mxfp4", "mxfp6", "mxfp8")
 TILE = 4096  # values a program holds at a time
 LONGEST = 16384  # a group of at most so many is read once
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -99,6 +99,20 @@ def _coded(
 
 
 @triton.jit
+def _used(stored, zero, divisor, RULE: tl.constexpr, BITS: tl.constexpr):
+    """Step and zero point that codes are computed with, `[groups, 1]`, from what is stored."""
+    if RULE == "e8m0":
+        step = power_of(stored.to(tl.int32))
+    elif RULE == "e4m3":
+        step = tl.div_rn(float_of(stored.to(tl.int32), 8, 3, 2.0**120), tl.zeros_like(stored) + divisor)
+    else:
+        step = stored
+    if RULE != "range":
+        zero = tl.zeros_like(step) + (1 << (BITS - 1))
+    return step[:, None], zero[:, None]
+
+
+@triton.jit
 def _round(
     x, scales, zeros, whole, edges, table, written, faults, groups, size,
     FIT: tl.constexpr, RULE: tl.constexpr, DTYPE: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr,
@@ -139,15 +153,7 @@ def _round(
         zero = tl.zeros_like(stored)
         if RULE == "range":
             zero = tl.load(zeros + g * 0).to(tl.float32)
-    if RULE == "e8m0":
-        step = power_of(stored.to(tl.int32))
-    elif RULE == "e4m3":
-        step = tl.div_rn(float_of(stored.to(tl.int32), 8, 3, 2.0**120), tl.zeros_like(stored) + divisor)
-    else:
-        step = stored
-    if RULE != "range":
-        zero = tl.zeros_like(step) + (1 << (BITS - 1))
-    step, zero = step[:, None], zero[:, None]
+    step, zero = _used(stored, zero, divisor, RULE, BITS)
     for begin in range(0, size, BLOCK):
         here = inside[:, None] & (begin + column < size)
         if not ONCE:
@@ -156,12 +162,7 @@ def _round(
         if CODES:
             tl.store(written + start + begin + column, code.to(tl.uint8), mask=here)
         else:
-            if KIND == "float":
-                level = float_of(code, BITS, MANTISSA, UNIT)
-            elif KIND == "table":
-                level = tl.load(table + code)
-            else:
-                level = code.to(tl.float32) - zero
+            level = level_of(code, zero, table, BITS, MANTISSA, UNIT, KIND)
             value = _rounded_to(level * step, written.dtype.element_ty)
             tl.store(written + start + begin + column, value.to(written.dtype.element_ty), mask=here)
 
@@ -201,7 +202,7 @@ def fake_quantize(x: Tensor, scheme: SchemeConfig, absmax: Tensor | None = None)
 
 
 def quantize(x: Tensor, scheme: SchemeConfig, absmax: Tensor | None = None) -> QuantizedTensor:
-    """`Quantizer.quantize`: a matrix `[rows, columns]`, any float dtype, with parameters fitted to its range. Raises NonFinite."""
+    """`Quantizer.quantize`: a matrix `[rows, columns]`, any float dtype, with fitted parameters. Raises NonFinite."""
     codes, params = _fit_and_round(x, scheme, absmax, None)
     return QuantizedTensor(codes.contiguous(), params, scheme)
 

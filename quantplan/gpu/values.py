@@ -38,8 +38,8 @@ def step_at(scale, index, mask, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _less_zero(code, zero, table, BITS: tl.constexpr, MANTISSA: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr):
-    """Levels of codes, less the zero point, float32."""
+def level_of(code, zero, table, BITS: tl.constexpr, MANTISSA: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr):
+    """Levels of codes, less the zero point (of integers alone), float32."""
     if LEVELS == "float":
         return float_of(code, BITS, MANTISSA, UNIT)
     elif LEVELS == "table":
@@ -101,7 +101,7 @@ def weights(
             zero = tl.load(zeros + index, mask=valid, other=0).to(tl.float32)[:, :, None]
         else:
             zero = MIDDLE
-        value = _less_zero(code, zero, table, BITS, MANTISSA, UNIT, LEVELS)
+        value = level_of(code, zero, table, BITS, MANTISSA, UNIT, LEVELS)
         if not WHOLE:
             value = value * step_at(scale, index, valid, SCALE)[:, :, None]
         return tl.reshape(value, (BLOCK_N, BLOCK_K))
@@ -122,7 +122,7 @@ def weights(
             zero = tl.load(zeros + index, mask=valid, other=0).to(tl.float32)
         else:
             zero = MIDDLE
-        value = _less_zero(code, zero, table, BITS, MANTISSA, UNIT, LEVELS)
+        value = level_of(code, zero, table, BITS, MANTISSA, UNIT, LEVELS)
         if not WHOLE:
             value = value * step_at(scale, index, valid, SCALE)
         return value
