@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from test_kernels import _weights, scheme
 
 from quantplan.gpu import rounding
+from quantplan.gpu.levels import level_table
 from quantplan.numerics import pack_bits
 from quantplan.observer import Range
-from quantplan.scheme import NonFinite, SchemeConfig
+from quantplan.scheme import SCHEMES, NonFinite, SchemeConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCHEMES_ = [
@@ -107,3 +108,19 @@ def test_packs_the_same_bits(bits, rows, count, strided, seed) -> None:
     codes = torch.randint(0, 2**bits, (rows, count * 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     codes = codes[:, ::2] if strided else codes
     assert torch.equal(rounding.pack(codes, bits), pack_bits(codes, bits))
+
+
+@pytest.mark.parametrize("name", SCHEMES.names())
+def test_values_halfway_between_levels_go_where_the_quantizer_sends_them(name) -> None:
+    wq = scheme(name, group_size=32) if name.startswith("int") else scheme(name)
+    levels = level_table(wq)
+    levels = levels[torch.isfinite(levels)].unique()
+    most = levels[-1]
+    middles = torch.cat([(levels[1:] + levels[:-1]) / 2, levels])
+    middles = middles[middles.abs() <= most]
+    size = (wq.group or 32) - 1
+    rows = torch.nn.functional.pad(middles, (0, -len(middles) % size)).view(-1, size)
+    x = torch.cat([rows, most.expand(len(rows), 1)], 1)  # with the largest in every group, steps are 1
+    if not wq.tensor_params:
+        assert (wq.quantizer().step(wq.quantizer().fit(x)) == 1).all()
+    _same(x.view(len(rows), -1), wq, most * 448 if wq.needs_absmax else None)
