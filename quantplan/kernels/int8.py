@@ -95,14 +95,18 @@ class Int8MM(_SignedRows):
         # as `quantize` would, in a third of its steps: with few tokens these take longer than the product
         self.plain = job.aq.symmetric_grid and job.aq.rounding == "nearest" and getattr(job.aq, "quotient_dtype", "") == "float32"
         self.scale = self.scale.contiguous()
+        # static ranges have one step, known before the inputs are
+        self.known = None if job.aq.dynamic else self.quantizer.step(self.inputs)
+        self.outputs = self.scale if self.known is None else self.known * self.scale
         # codes of 8 bits that stand for code - zero point are multiplied as code - 128: a sum of the row makes up for it
         self.sums = self.weight.sum(1, dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not len(x):
             return x.new_empty(0, len(self.weight))
+        step = self.known
         if self.plain:
-            step = self._step(x)
+            step = self._step(x) if step is None else step
             half = 2 ** (self.aq.bits - 1)
             y = _int_mm((x / step).round_().clamp_(-half, half - 1).to(torch.int8), self.weight)
         else:
@@ -113,12 +117,12 @@ class Int8MM(_SignedRows):
             y = _int_mm((codes - MIDDLE).view(torch.int8), self.weight)
             zero = params["zero_point"].int() if "zero_point" in params else 2 ** (self.aq.bits - 1)
             y += self.sums * (MIDDLE - zero)
-        return y.float().mul_(step).mul_(self.scale).to(x.dtype)
+        if self.known is not None:
+            return (y * self.outputs).to(x.dtype)
+        return y.float().mul_(step).mul_(self.outputs).to(x.dtype)
 
     def _step(self, x: Tensor) -> Tensor:
         """The step of every token `[tokens, 1]`, or of all, float32. Zero tokens get the smallest, and codes of zero."""
-        if not self.aq.dynamic:
-            return self.quantizer.step(self.inputs)
         axes = (0, 1) if self.aq.strategy == "tensor" else (-1,)
         top = x.abs().amax(axes, keepdim=True).float()
         divisor, dtype = getattr(self.aq, "divisor"), getattr(self.aq, "scale_dtype") or "bfloat16"  # noqa: B009
