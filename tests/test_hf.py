@@ -161,7 +161,7 @@ def test_loaded_models_compute_with_kernels(format: str, scheme: str, source: An
     model = quantplan.load(tmp_path / "out")
     assert torch.nn.functional.cosine_similarity(logits(model).float(), exact.float(), -1).min() > 0.999
     kernels = {m._kernel.name if m._kernel else None for m in model.modules() if isinstance(m, QuantLinear)}
-    assert kernels == {{"int4": "int4pack", "int8": "int8pack", "fp8": "fp8_cast", "nvfp4": "int4pack"}[scheme]}
+    assert kernels == {{"int4": "int4pack", "int8": "int8pack", "fp8": "lookup", "nvfp4": "int4pack"}[scheme]}
     model.save_pretrained(tmp_path / "again")
     monkeypatch.setenv("QUANTPLAN_KERNELS", "none")
     assert torch.equal(logits(quantplan.load(tmp_path / "again")), exact)

@@ -80,7 +80,7 @@ def _close(kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, rounded: torch
     y = kernel(x)
     exact = rounded.double() @ weight.double().T
     bound = rounded.double().abs() @ weight.double().abs().amax(1, keepdim=True).expand_as(weight).T
-    eps = torch.finfo(x.dtype).eps
+    eps = torch.finfo(x.dtype).eps * (4 if x.dtype is torch.float32 else 1)  # sums are float32, too
     assert y.dtype == x.dtype and y.shape == exact.shape
     assert torch.isfinite(y).all()
     assert ((y.double() - exact).abs() <= eps * (bound + exact.abs()) + 1e-30).all()
@@ -142,19 +142,19 @@ def test_the_first_that_does_not_refuse_serves() -> None:
     assert names["int4pack"] is None and names["int8_mm"] == "inputs are not quantized"
     kernel = serving(found)
     assert kernel is not None and kernel.name == "int4pack"
-    assert serving(job(scheme("nf4"))) is None
+    assert serving(job(scheme("int3"), dtype=torch.float32)) is None
 
 
 def test_every_kernel_of_the_cpu_serves_something() -> None:
     served = {kernel.name for kernel, *_ in SERVED}
-    assert served >= {"int8_mm", "int8pack", "int4pack", "fp8_cast"}
+    assert served >= {"int8_mm", "int8pack", "int4pack", "lookup"}
 
 
 def test_quantplan_kernels_names_what_serves_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["kernels", "--device", "cpu", "--json"]) == 0
     found = {(k["weights"], k["activations"]): k["kernel"] for k in json.loads(capsys.readouterr().out)["kernels"]}
-    assert found["int4", None] == "int4pack" and found["int8", "int8"] == "int8_mm" and found["nf4", None] == "reference"
-    assert run(["kernels", "int4", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
+    assert found["int4", None] == "int4pack" and found["int8", "int8"] == "int8_mm" and found["nf4", None] == "lookup"
+    assert run(["kernels", "int3", "--device", "cpu", "--dtype", "float32", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kernel"] == "reference" and "float32" in told["refusals"]["int4pack"]
     assert run(["kernels", "int8", "--device", "cpu", "-a", "int8"]) == 0
@@ -202,7 +202,10 @@ def test_codes_lie_in_memory_once() -> None:
     made = layer(scheme("int4"))
     made(torch.zeros(1, 256, dtype=torch.bfloat16))
     assert made._kernel is not None and made._buffers["weight_codes"] is None
-    assert "weight_codes" in made.state_dict()
+    assert made.weight_codes.dtype == torch.uint8 and made._kernel is None  # what is asked for may be changed
+    made.weight_codes.zero_()
+    y = made(torch.ones(1, 256, dtype=torch.bfloat16))
+    torch.testing.assert_close(y, made.to_linear()(torch.ones(1, 256, dtype=torch.bfloat16)), rtol=2e-2, atol=1e-2)
 
 
 def test_gradients_reach_the_inputs() -> None:

@@ -94,8 +94,8 @@ def test_dtypes_of_inputs_and_autocast_are_those_of_a_linear() -> None:
     x = torch.randn(3, 192)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == dense(x).dtype == torch.bfloat16
-        assert torch.equal(layer(x), dense(x))
-        assert torch.equal(layer(x.bfloat16()), dense(x.bfloat16()))
+        torch.testing.assert_close(layer(x), dense(x), rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(layer(x.bfloat16()), dense(x.bfloat16()), rtol=2e-2, atol=1e-2)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(layer(x.double()), dense.double()(x.double()))
 

@@ -41,7 +41,7 @@ class _SignedRows(Kernel):
 
 @KERNELS.register("int8pack")
 class Int8Pack(_SignedRows):
-    """Inputs as they are, in bfloat16."""
+    """Inputs as they are; others than bfloat16 are multiplied in float32, by the cast weight."""
 
     rank: ClassVar[int] = 20
 
@@ -49,21 +49,19 @@ class Int8Pack(_SignedRows):
     def refuse(cls, job: Job) -> str | None:
         if job.device.type != "cpu":
             return f"it runs on the cpu, not on {job.device.type}"
-        if job.dtype is not torch.bfloat16:
-            return f"inputs are {str(job.dtype).removeprefix('torch.')}, and it is fast for bfloat16 alone"
         if job.wq.bits <= 4:
             return f"{job.wq.name} takes a byte here, and half of one in int4pack"
         return super().refuse(job)
 
     def __init__(self, quantized: QuantizedTensor, job: Job, inputs: Params) -> None:
         super().__init__(quantized, job, inputs)
-        self.scale = self.scale.bfloat16().contiguous()
+        self.scale = self.scale.to(job.dtype).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] < DENSE:
+        if x.dtype is torch.bfloat16 and x.shape[0] < DENSE:  # in other dtypes the operation is slow
             return torch._weight_int8pack_mm(x.contiguous(), self.weight, self.scale)
-        product = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-        return (functional.linear(x.to(product), self.weight.to(product)) * self.scale).to(x.dtype)
+        product = torch.bfloat16 if x.dtype is torch.bfloat16 and cpu_has_bfloat16() else torch.float32
+        return functional.linear(x.to(product), self.weight.to(product)).mul_(self.scale).to(x.dtype)
 
 
 @KERNELS.register("int8_mm")

@@ -186,6 +186,11 @@ class QuantLinear(nn.Module):
             return pack_bits(self._kernel.codes(), self.wq.bits)
         return stored
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight_codes" and self.__dict__["_buffers"].get(name, self) is None:
+            self._rest()  # whoever asks may change them
+        return super().__getattr__(name)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._rest()
         super()._save_to_state_dict(destination, prefix, keep_vars)
