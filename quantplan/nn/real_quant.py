@@ -19,6 +19,7 @@ from quantplan.scheme import SCHEMES, NonFinite, Params, SchemeConfig
 
 WIDTHS = (4, 8, 16)
 GROUPS = (32, 16, 8)  # columns that share a scale of 4 bits; where none divides them, a row does
+WORTH_ROUNDING = 32  # outputs from which on rounding a token's inputs costs less than integers save
 
 
 def integers(bits: int, **options: Any) -> SchemeConfig:
@@ -110,9 +111,9 @@ class RealQuantizeLinear(nn.Module):
     """An `nn.Linear` whose weight becomes integers, for good, when `quantize_weights` is called; until then it is one.
 
     Weights: 8 and 16 bits have a scale for each row, 4 bits for 32 columns of it (16, 8 or all where 32 do not divide them);
-    `symmetric=False` adds zero points. Inputs of symmetric 8-bit layers are rounded to int8 too, one scale for each token, or
-    one for all where `quantize_weights` was given their range, so that integers are multiplied by integers (the kernel
-    int8_mm). All else takes inputs as they are.
+    `symmetric=False` adds zero points. Inputs of symmetric 8-bit layers with 32 outputs or more are rounded to int8 too, one
+    scale for each token, or one for all where `quantize_weights` was given their range, so that integers are multiplied by
+    integers (the kernel int8_mm). All else takes inputs as they are.
 
     The state dict has `weight` and `bias`; once quantized `bias` and `quantized.`, a `QuantLinear`, which a layer that is not
     quantized yet loads as well.
@@ -185,7 +186,7 @@ class RealQuantizeLinear(nn.Module):
 
     def activations(self, static: bool = False) -> SchemeConfig | None:
         """The grid of the inputs once the weight is quantized; None where they are taken as they are."""
-        if self.bits != 8 or not self.symmetric:
+        if self.bits != 8 or not self.symmetric or self.out_features < WORTH_ROUNDING:
             return None
         return integers(8, granularity="tensor", dynamic=False) if static else integers(8, granularity="token")
 
