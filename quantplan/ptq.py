@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantplan.comparison.in_memory import Metric, ModuleFigures, as_batch, call, measure, stored_bytes
 from quantplan.errors import fail
-from quantplan.nn.real_quant import RealQuantizeLinear, convert_to_real_quant, integers, quantize_all
+from quantplan.nn.real_quant import RealQuantizeLinear, convert_to_real_quant, integers, quantize_all, rounds_inputs
 from quantplan.numerics import counted_values
 from quantplan.observer import OBSERVERS, Range
 from quantplan.plan.activations import default_observer
@@ -106,9 +106,8 @@ class PTQPipeline:
         if self.quantized is not None:
             found = _layers(self.quantized, RealQuantizeLinear)
             return {name: layer for name, layer in found.items() if layer.activations() is not None}
-        plain = _layers(self.model, nn.Linear)
-        layer = RealQuantizeLinear(1, 1, False, self.bits, self.symmetric, device="meta")
-        return plain if layer.activations() is not None else {}
+        found = _layers(self.model, nn.Linear)
+        return {name: layer for name, layer in found.items() if rounds_inputs(layer.out_features, self.bits, self.symmetric)}
 
     def _measure(self, items: list[Any], metric: Metric | None = None) -> ModuleFigures:
         device = _device(self._current)

@@ -34,6 +34,11 @@ def integers(bits: int, **options: Any) -> SchemeConfig:
     return wide
 
 
+def rounds_inputs(out_features: int, bits: int, symmetric: bool) -> bool:
+    """Whether a `RealQuantizeLinear` rounds its inputs to int8 once its weight is quantized."""
+    return bits == 8 and symmetric and out_features >= WORTH_ROUNDING
+
+
 class RealQuantize(nn.Module):
     """Tensors to signed integers and back, with one scale and zero point for all of their values.
 
@@ -186,7 +191,7 @@ class RealQuantizeLinear(nn.Module):
 
     def activations(self, static: bool = False) -> SchemeConfig | None:
         """The grid of the inputs once the weight is quantized; None where they are taken as they are."""
-        if self.bits != 8 or not self.symmetric or self.out_features < WORTH_ROUNDING:
+        if not rounds_inputs(self.out_features, self.bits, self.symmetric):
             return None
         return integers(8, granularity="tensor", dynamic=False) if static else integers(8, granularity="token")
 
