@@ -1,4 +1,4 @@
-"""Seed 002's words: `RealQuantize`, `RealQuantizeLinear`, `convert_to_real_quant` and `PTQPipeline` do what the seed says of them."""
+"""Seed 002: `RealQuantize`, `RealQuantizeLinear`, `convert_to_real_quant` and `PTQPipeline` do what the seed says of them."""
 
 from __future__ import annotations
 
