@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantplan.comparison.in_memory import Metric, ModuleFigures, as_batch, call, measure, stored_bytes
-from quantplan.errors import fail
+from quantplan.errors import QuantplanError, fail
 from quantplan.nn.real_quant import RealQuantizeLinear, convert_to_real_quant, integers, quantize_all, rounds_inputs
 from quantplan.numerics import counted_values
 from quantplan.observer import OBSERVERS, Range
@@ -40,12 +40,15 @@ class PTQPipeline:
         self.model = model
         self.quantized: nn.Module | None = model if _layers(model, RealQuantizeLinear) else None
         self._original_bytes = stored_bytes(model)
-        self._inputs: dict[str, _Inputs] = {}
+        self._ranges: dict[str, _Range] = {}
+        self._squares: dict[str, _Squares] = {}
 
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Any], num_batches: int = 10) -> None:
-        """Runs up to `num_batches` batches and observes the inputs of the layers that will round them; a second call adds to
-        the first. Where one range for all tokens serves a layer about as well as one for each, it becomes static, and faster.
+        """Runs up to `num_batches` batches and observes the inputs of layers; a second call adds to the first.
+
+        Layers that round their inputs: where one range for all tokens serves about as well as one for each, it becomes static,
+        and faster. Weights of 4 bits: scales are searched for the least error of the outputs (`search: imatrix` of `rtn`).
 
         Raises QuantplanError: no batches (QP130); weights that are quantized already (QP105); inputs that are not finite (QP601).
         """
@@ -54,9 +57,10 @@ class PTQPipeline:
         trains = {m: m.training for m in self.model.modules()}
         seen = 0
         with ExitStack() as hooks:
-            for name, layer in self._rounding().items():
-                watched = self._inputs.setdefault(name, _Inputs(name))
-                hooks.callback(layer.register_forward_pre_hook(watched.take, with_kwargs=True).remove)
+            for name, layer in _layers(self.model, nn.Linear if self.quantized is None else RealQuantizeLinear).items():
+                watched = self._watched(name, layer)
+                if watched is not None:
+                    hooks.callback(layer.register_forward_pre_hook(watched.take, with_kwargs=True).remove)
             self.model.eval()
             try:
                 for item in islice(loader, num_batches):
@@ -76,7 +80,9 @@ class PTQPipeline:
         """The quantized model: makes all weights integers, after converting the model where that was not done. A second call
         changes nothing. Raises QuantplanError QP601 for a weight with NaN or infinity."""
         quantized = self.quantized if self.quantized is not None else convert_to_real_quant(self.model, self.bits, self.symmetric)
-        quantize_all(quantized, {name: r for name, watched in self._inputs.items() if (r := watched.range()) is not None})
+        ranges = {name: found for name, watched in self._ranges.items() if (found := watched.result()) is not None}
+        squares = {name: found for name, watched in self._squares.items() if (found := watched.result()) is not None}
+        quantize_all(quantized, ranges, squares)
         self.quantized = quantized
         return quantized
 
@@ -101,13 +107,13 @@ class PTQPipeline:
     def _current(self) -> nn.Module:
         return self.quantized if self.quantized is not None else self.model
 
-    def _rounding(self) -> dict[str, nn.Module]:
-        """The layers whose inputs will be rounded, by name."""
-        if self.quantized is not None:
-            found = _layers(self.quantized, RealQuantizeLinear)
-            return {name: layer for name, layer in found.items() if layer.activations() is not None}
-        found = _layers(self.model, nn.Linear)
-        return {name: layer for name, layer in found.items() if rounds_inputs(layer.out_features, self.bits, self.symmetric)}
+    def _watched(self, name: str, layer: nn.Linear | RealQuantizeLinear) -> _Range | _Squares | None:
+        """What is to be observed of a layer's inputs."""
+        made = layer if isinstance(layer, RealQuantizeLinear) else None
+        bits, symmetric = (self.bits, self.symmetric) if made is None else (made.bits, made.symmetric)
+        if rounds_inputs(layer.out_features, bits, symmetric):
+            return self._ranges.setdefault(name, _Range(name))
+        return self._squares.setdefault(name, _Squares(name)) if bits == 4 else None
 
     def _measure(self, items: list[Any], metric: Metric | None = None) -> ModuleFigures:
         device = _device(self._current)
@@ -119,7 +125,30 @@ class PTQPipeline:
         return measure("model", self._current, batches, device, metric, [])[1]
 
 
-class _Inputs:
+class _Squares:
+    """The mean square of each column of a layer's inputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def take(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """A hook before the layer's forward."""
+        x = _first(arguments, keywords)
+        x = x.reshape(-1, x.shape[-1])
+        found = x.square().sum(0)
+        if not found.isfinite().all():
+            raise _not_finite(self.name)
+        self.total = found if self.total is None else self.total + found
+        self.count += len(x)
+
+    def result(self) -> Tensor | None:
+        """Float32 `[columns]`; None where nothing was seen."""
+        return self.total / self.count if self.total is not None and self.count else None
+
+
+class _Range:
     """What a layer's inputs were, and the squared error that rounding them with a range for each token would have made."""
 
     def __init__(self, name: str) -> None:
@@ -131,14 +160,14 @@ class _Inputs:
 
     def take(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """A hook before the layer's forward."""
-        x: Tensor = (arguments[0] if arguments else keywords["input"]).detach().float()
+        x = _first(arguments, keywords)
         try:
             self.observer.update(x)
         except NonFinite:
-            raise fail("QP601", f"NaN or infinity in the inputs of '{self.name}'", "look at the data and the weights") from None
+            raise _not_finite(self.name) from None
         self.error += float((self.dynamic.quantize_activation(x) - x).double().square().sum())
 
-    def range(self) -> Range | None:
+    def result(self) -> Range | None:
         """One range for all inputs; None where a range for each token is much better, or nothing was seen."""
         state = self.observer.state()
         if not state:
@@ -148,6 +177,16 @@ class _Inputs:
         rounded = self.static.round_static(values, self.static.fit_static(found))
         error = float(((rounded - values).double().square() * counts).sum())
         return found if error <= TOLERANCE * self.error else None
+
+
+def _first(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The input of a linear, float32."""
+    x: Tensor = arguments[0] if arguments else keywords["input"]
+    return x.detach().float()
+
+
+def _not_finite(name: str) -> QuantplanError:
+    return fail("QP601", f"NaN or infinity in the inputs of '{name}'", "look at the data and the weights")
 
 
 def right(outputs: Tensor, targets: Tensor) -> float:

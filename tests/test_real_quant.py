@@ -387,6 +387,21 @@ class TestPipeline:
         (layer,) = layers(uneven.convert_to_real_quant())
         assert layer.quantized is not None and layer.quantized.aq is not None and layer.quantized.aq.dynamic
 
+    @pytest.mark.parametrize("symmetric", [True, False])
+    def test_four_bits_are_spent_where_inputs_are_large(self, symmetric: bool) -> None:
+        torch.manual_seed(0)
+        model, sizes = nn.Sequential(nn.Linear(256, 64)), torch.logspace(-2, 0, 256)[torch.randperm(256)]
+        inputs = torch.randn(3, 200, 256) * sizes
+        found = []
+        for data in ([], [inputs[0]], [torch.zeros(200, 256)]):
+            pipeline = PTQPipeline(model, bits=4, symmetric=symmetric)
+            if data:
+                pipeline.calibrate(data)
+            with torch.no_grad():
+                found.append(float((pipeline.convert_to_real_quant()(inputs[1]) - model(inputs[1])).square().mean()))
+        plain, calibrated, of_zeros = found
+        assert calibrated < 0.75 * plain and of_zeros < 1.5 * plain
+
     def test_loaders(self, trained: nn.Sequential) -> None:
         class Named(nn.Module):
             def __init__(self) -> None:
@@ -457,9 +472,10 @@ class TestPipeline:
             pipeline.calibrate(batches(*digits(64, seed=2)))
         assert code_of(caught) == "QP105"
 
-    def test_inputs_that_are_not_finite_are_named(self, trained: nn.Sequential) -> None:
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_inputs_that_are_not_finite_are_named(self, trained: nn.Sequential, bits: int) -> None:
         with pytest.raises(QuantplanError, match="inputs of '0'") as caught:
-            PTQPipeline(trained).calibrate([torch.full((1, 784), torch.nan)])
+            PTQPipeline(trained, bits).calibrate([torch.full((1, 784), torch.nan)])
         assert code_of(caught) == "QP601"
         assert not any(m._forward_pre_hooks for m in trained.modules())
 

@@ -5,17 +5,20 @@ schemes, and a layer whose weight is quantized computes with a `QuantLinear`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quantplan.algorithm import ALGORITHMS
 from quantplan.errors import fail
 from quantplan.nn.linear import QuantLinear
 from quantplan.nn.quantize import holders
 from quantplan.observer import Range, extremes
 from quantplan.scheme import SCHEMES, NonFinite, Params, SchemeConfig
+from quantplan.statistics import Statistics
 
 WIDTHS = (4, 8, 16)
 GROUPS = (32, 16, 8)  # columns that share a scale of 4 bits; where none divides them, a row does
@@ -168,14 +171,19 @@ class RealQuantizeLinear(nn.Module):
         return self.quantized.weight
 
     @torch.no_grad()
-    def quantize_weights(self, inputs: Range | None = None) -> None:
-        """Makes the weight integers, rounded to nearest, and gives the floats up; does nothing a second time. `inputs`: where
-        the inputs lie, for layers that round them. Raises NonFinite for NaN and infinity in the weight, QP222 without one."""
+    def quantize_weights(self, inputs: Range | None = None, squares: Tensor | None = None) -> None:
+        """Makes the weight integers and gives the floats up; does nothing a second time.
+
+        `inputs`: where the inputs lie, for layers that round them. `squares`: the mean square of each column's inputs, float32
+        `[in_features]`: scales are then searched for the least squared error of the outputs, and else cover every weight. Raises
+        NonFinite for NaN and infinity in the weight, QP222 without one."""
         if self.quantized is not None:
             return
         if self.weight.is_meta:
             raise fail("QP222", "the model has no weights: it is on the meta device", "load its weights first")
-        solved = self._wq().quantizer().quantize(self.weight)
+        known = None if squares is None else Statistics(squares.to(self.weight.device).diag(), 1)
+        rtn = ALGORITHMS.get("rtn").model_validate({} if known is None else {"search": "imatrix"})
+        solved = rtn.solve(self.weight.float(), self._wq().quantizer(), statistics=known)
         aq = self.activations(static=inputs is not None)
         found = aq.quantizer().fit_static(inputs) if aq is not None and inputs is not None else None
         made = QuantLinear.from_quantized(solved, None, aq, dtype=self.weight.dtype, inputs=found)
@@ -241,13 +249,13 @@ def convert_to_real_quant(model: nn.Module, bits: int = 8, symmetric: bool = Tru
     return made
 
 
-def quantize_all(model: nn.Module, inputs: dict[str, Range]) -> None:
-    """Calls `quantize_weights` of every layer; `inputs`: where those of a layer lie, by its name in `named_modules`. Raises QP601
+def quantize_all(model: nn.Module, inputs: Mapping[str, Range], squares: Mapping[str, Tensor]) -> None:
+    """Calls `quantize_weights` of every layer, with what is known of its inputs by its name in `named_modules`. Raises QP601
     with the name of a weight that holds NaN or infinity."""
     for name, layer in model.named_modules():
         if not isinstance(layer, RealQuantizeLinear):
             continue
         try:
-            layer.quantize_weights(inputs.get(name))
+            layer.quantize_weights(inputs.get(name), squares.get(name))
         except NonFinite:
             raise fail("QP601", "NaN or infinity in the weight", "mend the weight", tensor=f"{name}.weight") from None
