@@ -80,8 +80,8 @@ class PTQPipeline:
         """The quantized model: makes all weights integers, after converting the model where that was not done. A second call
         changes nothing. Raises QuantplanError QP601 for a weight with NaN or infinity."""
         quantized = self.quantized if self.quantized is not None else convert_to_real_quant(self.model, self.bits, self.symmetric)
-        ranges = {name: found for name, watched in self._ranges.items() if (found := watched.result()) is not None}
-        squares = {name: found for name, watched in self._squares.items() if (found := watched.result()) is not None}
+        ranges = {name: known for name, r in self._ranges.items() if (known := r.result()) is not None}
+        squares = {name: mean for name, s in self._squares.items() if (mean := s.result()) is not None}
         quantize_all(quantized, ranges, squares)
         self.quantized = quantized
         return quantized

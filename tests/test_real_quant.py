@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -486,3 +488,15 @@ class TestPipeline:
             PTQPipeline(model).quantize_weights()
         assert code_of(caught) == "QP601" and caught.value.problems[0].place.tensor == "2.weight"
         assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_the_examples_of_the_documentation() -> None:
+    """All but the one that needs a language model, one after the other."""
+    text = (Path(__file__).parent.parent / "docs/ptq.md").read_text()
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        if "transformers" not in block:
+            exec(block, names)
+    x = torch.randn(3, 10)
+    assert torch.equal(names["fresh"](x), names["real_quant_model"](x))
+    assert names["original_size"] / names["quantized_size"] > 3.9

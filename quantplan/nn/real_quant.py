@@ -148,7 +148,8 @@ class RealQuantizeLinear(nn.Module):
     def _set_up(self, linear: nn.Linear, bits: int, symmetric: bool) -> None:
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.symmetric = bits, symmetric
-        self._parameters["weight"] = linear.weight  # not by name, which is the property's
+        weight: Any = linear.weight
+        self._parameters["weight"] = weight  # not by name, which is the property's
         self.register_parameter("bias", linear.bias)
         self.quantized = None
         self._wq()

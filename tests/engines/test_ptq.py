@@ -16,7 +16,7 @@ TEXT = "Paris is the capital and the largest city of France, on the river Seine.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("bits", "most"), [(8, 0.15), (4, 1.0)])  # KL over the prompt; int4 is rounded to nearest
+@pytest.mark.parametrize(("bits", "most"), [(8, 0.15), (4, 1.0)])  # KL over the prompt
 def test_a_language_model(smollm2: Path, dtype: torch.dtype, bits: int, most: float) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype).eval()
@@ -34,4 +34,4 @@ def test_a_language_model(smollm2: Path, dtype: torch.dtype, bits: int, most: fl
         expected, found = (m(**prompt).logits[0].float().log_softmax(-1) for m in (model, quantized))
     assert float((expected.exp() * (expected - found)).sum(-1).mean()) < most
     said = tokenizer.decode(quantized.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-    assert ("Paris" if bits == 8 else "capital") in said.removeprefix("The capital of France is")
+    assert "Paris" in said
