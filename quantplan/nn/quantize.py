@@ -42,7 +42,7 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
     if resolution.kv_cache is not None:
         raise fail("QP222", "scales of the key-value cache take calibration, and in memory there is none", "use quantplan.apply")
     largest = _largest_magnitudes(model, resolution.quantized)
-    holders = _holders(model)
+    found = holders(model)
     for assignment in resolution.quantized:
         if assignment.module.kind == "experts":
             for matrix in assignment.matrices:
@@ -53,7 +53,7 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
         assert isinstance(linear, nn.Linear)
         solved = _solve(model, assignment, assignment.matrices[0], largest)
         made = QuantLinear.from_quantized(solved, linear.bias, assignment.aq, dtype=linear.weight.dtype)
-        for parent, name in holders[id(linear)]:
+        for parent, name in found[id(linear)]:
             setattr(parent, name, made.train(linear.training))
     config: Any = getattr(model, "config", None)
     if hasattr(model, "save_pretrained"):
@@ -123,7 +123,7 @@ def _largest_magnitudes(model: nn.Module, assignments: Iterable[Assignment]) -> 
     return found
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Module -> every parent that holds it, and the name it has there."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
