@@ -24,7 +24,9 @@ from quantplan.tensor import QuantizedTensor
 GROUPS = (256, 128, 64, 32)  # columns that may share a scale in the operation
 HALF = 16  # a group that two terms fill up to 32
 ROWS = 16  # it takes rows in multiples of these
-DENSE = 64  # tokens from which on dequantizing once and a float product are faster
+DENSE = 96  # tokens from which on dequantizing once and a float product are faster
+BLOCKS = 64  # rows, the most the operation interleaves: pieces of a matrix start at multiples of it
+PIECE = 1 << 20  # weights dequantized at a time: what caches hold, and memory that the process has kept
 UNITS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
@@ -97,7 +99,9 @@ class Int4Pack(Kernel):
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] >= DENSE:
             product = torch.bfloat16 if cpu_has_bfloat16() else torch.float32
-            return (x.to(product) @ self._dense(product)).to(x.dtype)
+            x, some = x.to(product), max(BLOCKS, PIECE // self.columns // BLOCKS * BLOCKS)
+            made = (x @ self._dense(product, first, first + some) for first in range(0, self.rows, some))
+            return torch.cat([y.bfloat16() for y in made], 1)
         if self.packed.shape[1] * 2 > self.columns:
             x = _side_by_side(x, x) if self.within else torch.cat([x, x], 1)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self.packed, self.group, self.scales)
@@ -134,12 +138,13 @@ class Int4Pack(Kernel):
             return codes, None
         return codes[: self.columns], codes[self.columns :]
 
-    def _dense(self, dtype: torch.dtype) -> Tensor:
-        """The dequantized matrix, transposed: `[columns, rows]`."""
-        scale, shift = (p.contiguous().unsqueeze(1) for p in self.scales.unbind(-1))  # [groups, 1, rows]
+    def _dense(self, dtype: torch.dtype, first_row: int, end: int) -> Tensor:
+        """Rows of the dequantized matrix, transposed: `[columns, rows]`."""
+        packed = self.packed[first_row:end]
+        scale, shift = (p.contiguous().unsqueeze(1) for p in self.scales[:, first_row:end].unbind(-1))  # [groups, 1, rows]
         exact = self.levels.parts == "one" and not self.within and not shift.any()  # one rounding, whatever the dtype
         sums = dtype if exact else torch.float32
-        values = _unpack(self.packed, self.rows).view(torch.int8).sub_(8).unflatten(0, (-1, self.group)) * scale.to(sums)
+        values = _unpack(packed, len(packed)).view(torch.int8).sub_(8).unflatten(0, (-1, self.group)) * scale.to(sums)
         if not exact:
             values += shift
         first, second = self._parts(values.flatten(0, 1))
