@@ -20,6 +20,9 @@ from quantplan.tensor import QuantizedTensor
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes -> what a table's entry is moved as
 
 
+PIECE = 1 << 20  # weights dequantized at a time: what caches hold, and memory that the process has kept
+
+
 @KERNELS.register("lookup")
 class Lookup(Kernel):
     """Weights as they are stored."""
@@ -47,8 +50,8 @@ class Lookup(Kernel):
         values = quantizer.decode(torch.arange(2**self.bits, dtype=torch.uint8), probe) / quantizer.step(probe)
         self.step = quantizer.step(dict(quantized.params)).float()
         exact = torch.equal(values.nan_to_num().bfloat16().float(), values.nan_to_num())
-        rows = self.step.shape[1] == 1
-        dtype = job.dtype if exact and rows else torch.float32
+        self.after = self.step.shape[1] == 1
+        dtype = job.dtype if exact and self.after else torch.float32
         taken = min(16 // self.bits, 8 // dtype.itemsize)  # values at a time
         self.index = torch.int16 if taken * self.bits == 16 else torch.uint8
         codes = torch.arange(2 ** (taken * self.bits))
@@ -57,14 +60,21 @@ class Lookup(Kernel):
         self.packed = pack_bits(quantized.codes, self.bits)
 
     def __call__(self, x: Tensor) -> Tensor:
-        at = self.packed.view(self.index).int()
+        some = max(1, PIECE // self.columns)
+        inputs = x.to(self.dtype) if self.after else x
+        y = torch.cat([self._product(inputs, first, first + some) for first in range(0, len(self.packed), some)], 1).to(x.dtype)
+        return y.mul_(self.step.t().to(x.dtype)) if self.after else y
+
+    def _product(self, x: Tensor, first: int, end: int) -> Tensor:
+        """With these rows of the weight; without its scales, where they come after."""
+        at = self.packed[first:end].view(self.index).int()
         if self.index is torch.int16:
             at &= 0xFFFF
-        weight = self.table.index_select(0, at.reshape(-1)).view(self.dtype).view(len(self.packed), -1)[:, : self.columns]
-        if self.step.shape[1] == 1:
-            return functional.linear(x.to(self.dtype), weight).to(x.dtype).mul_(self.step.t().to(x.dtype))
-        groups = weight.unflatten(1, (self.step.shape[1], -1)).mul_(self.step.unsqueeze(-1))
-        return functional.linear(x, groups.flatten(1).to(x.dtype))
+        weight = self.table.index_select(0, at.reshape(-1)).view(self.dtype).view(len(at), -1)[:, : self.columns]
+        if not self.after:
+            step = self.step if len(self.step) == 1 else self.step[first:end]
+            weight = weight.unflatten(1, (step.shape[1], -1)).mul_(step.unsqueeze(-1)).flatten(1).to(x.dtype)
+        return functional.linear(x, weight)
 
     def codes(self) -> Tensor:
         return unpack_bits(self.packed, self.bits, self.columns)
