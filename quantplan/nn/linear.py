@@ -16,6 +16,7 @@ from quantplan.errors import fail
 from quantplan.format import FORMATS
 from quantplan.kernel import Job, Kernel, serving
 from quantplan.models.modules import Matrix
+from quantplan.nn.fake_quantize import fake_quantize, fake_quantize_static
 from quantplan.numerics import pack_bits
 from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
@@ -33,7 +34,7 @@ class QuantLinear(nn.Module):
     its state dict are the names in a native checkpoint. They keep the dtype they are stored in: `.half()`, `.to(dtype)` and
     the like move the bias and `dtype` only, and never change what the weight is. `aq` rounds inputs to a grid whose ranges
     are taken from the inputs themselves, or, where it is static, were found by calibration and stand in `input_scale` and the
-    like; its gradient passes straight through.
+    like; its gradient passes straight through, and is zero where an input was clamped.
     """
 
     bias: nn.Parameter | None
@@ -148,7 +149,8 @@ class QuantLinear(nn.Module):
             self._choose(x.dtype)
         kernel = None if x.requires_grad and torch.is_grad_enabled() else self._kernel
         if self.aq is not None and (kernel is None or not kernel.rounds):
-            x = _StraightThrough.apply(x, self.aq, self.inputs())
+            quantizer = self.aq.quantizer()
+            x = fake_quantize(x, quantizer) if self.aq.dynamic else fake_quantize_static(x, quantizer, self.inputs())
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         if kernel is None:
             return functional.linear(x, self.dequantize().to(x.dtype), bias)
@@ -219,19 +221,6 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shown}, wq={_shown(self.wq)}" + (f", aq={_shown(self.aq)}" if self.aq is not None else "")
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Fake quantization of activations; rounding has no gradient of its own, so the output's is passed on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, aq: SchemeConfig, inputs: Params) -> Tensor:
-        quantizer = aq.quantizer()
-        return quantizer.quantize_activation(x) if aq.dynamic else quantizer.round_static(x, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
 
 
 def _shown(scheme: SchemeConfig) -> str:

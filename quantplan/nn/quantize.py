@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from quantplan.models.keep import KeepRule
 from quantplan.models.modules import Matrix, Module, find_modules, scale_group
 from quantplan.nn.linear import QuantLinear
 from quantplan.plan.load import load_plan
-from quantplan.plan.resolve import resolve
+from quantplan.plan.resolve import Resolution, resolve
 from quantplan.tensor import QuantizedTensor
 
 NOT_A_LINEAR = KeepRule("not an nn.Linear", (), "in memory only nn.Linear itself and fused experts are quantized")
@@ -36,13 +36,10 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
 
     Raises QuantplanError: a bad plan, with every problem at once; NaN or infinity in a weight (QP601).
     """
-    checkpoint = _inventory(model)
-    resolution = resolve(load_plan(plan), checkpoint, _live_modules(model, checkpoint)).require()
-    _check_assignments(model, resolution.quantized)
-    if resolution.kv_cache is not None:
-        raise fail("QP222", "scales of the key-value cache take calibration, and in memory there is none", "use quantplan.apply")
+    resolution = resolve_in_memory(model, plan)
+    _check_assignments(resolution.quantized)
     largest = _largest_magnitudes(model, resolution.quantized)
-    holders = _holders(model)
+    found = holders(model)
     for assignment in resolution.quantized:
         if assignment.module.kind == "experts":
             for matrix in assignment.matrices:
@@ -53,13 +50,30 @@ def quantize(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any])
         assert isinstance(linear, nn.Linear)
         solved = _solve(model, assignment, assignment.matrices[0], largest)
         made = QuantLinear.from_quantized(solved, linear.bias, assignment.aq, dtype=linear.weight.dtype)
-        for parent, name in holders[id(linear)]:
+        for parent, name in found[id(linear)]:
             setattr(parent, name, made.train(linear.training))
+    note_quantization(model, [a for a in resolution.quantized if a.module.kind != "experts"])
+    return model
+
+
+def resolve_in_memory(model: nn.Module, plan: str | os.PathLike[str] | Mapping[str, Any]) -> Resolution:
+    """`plan` bound to a model in memory. Raises QuantplanError: a bad plan, with every problem at once; QP222 for weights
+    that are not there, and for a quantized key-value cache."""
+    checkpoint = _inventory(model)
+    resolution = resolve(load_plan(plan), checkpoint, _live_modules(model, checkpoint)).require()
+    for assignment in resolution.quantized:
+        if model.get_parameter(assignment.module.tensor.name).is_meta:
+            raise fail("QP222", "the model has no weights: it is on the meta device", "load its weights first")
+    if resolution.kv_cache is not None:
+        raise fail("QP222", "scales of the key-value cache take calibration, and in memory there is none", "use quantplan.apply")
+    return resolution
+
+
+def note_quantization(model: nn.Module, packed: Sequence[Assignment]) -> None:
+    """Writes into the config of a transformers model how these layers are quantized, so that it saves as a native checkpoint."""
     config: Any = getattr(model, "config", None)
     if hasattr(model, "save_pretrained"):
-        packed = [a for a in resolution.quantized if a.module.kind != "experts"]
         config.quantization_config = dict(FORMATS.get("quantplan")().config(packed))
-    return model
 
 
 def _inventory(model: nn.Module) -> Checkpoint:
@@ -92,14 +106,12 @@ def _live_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Module]
     return found
 
 
-def _check_assignments(model: nn.Module, assignments: Iterable[Assignment]) -> None:
+def _check_assignments(assignments: Iterable[Assignment]) -> None:
     """What would stop the work half-way is found before it begins."""
     for assignment in assignments:
         if assignment.algorithm.takes_data:
             text = f"algorithm '{assignment.algorithm.name}' takes calibration, which models in memory are not given yet"
             raise fail("QP222", text, "use quantplan.apply, or an algorithm without calibration, such as rtn")
-        if model.get_parameter(assignment.module.tensor.name).is_meta:
-            raise fail("QP222", "the model has no weights: it is on the meta device", "load its weights first")
         if assignment.module.kind == "experts" and assignment.aq is not None:
             text = f"activations of fused experts cannot be quantized in memory: {assignment.name}"
             raise fail("QP222", text, "give them aq: null in an override")
@@ -123,7 +135,7 @@ def _largest_magnitudes(model: nn.Module, assignments: Iterable[Assignment]) -> 
     return found
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Module -> every parent that holds it, and the name it has there."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():

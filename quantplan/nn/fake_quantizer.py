@@ -1,0 +1,177 @@
+"""`FakeQuantizer`: the module that rounds a weight, or activations, to a scheme's grid while a model is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantplan.algorithm import ALGORITHMS, Algorithm
+from quantplan.nn.fake_quantize import fake_quantize, stored_zero_point
+from quantplan.observer import Observer
+from quantplan.scheme import Params, Quantizer, SchemeConfig, largest_magnitude
+from quantplan.tensor import QuantizedTensor
+
+
+class FakeQuantizer(nn.Module):
+    """Rounds to the grid of `scheme` with straight-through gradients (`fake_quantize`), while `fake_quant_enabled`.
+
+    The range is one of three: taken from each tensor as it comes (weights and dynamic activations); found by `observer`, which
+    sees what comes in training while `observer_enabled` (static activations); or learned, once `learn` was called. Nothing but
+    what is learned is in the state dict. `name` keeps the random numbers of different weights apart.
+    """
+
+    step: nn.Parameter | None
+    zero_point: nn.Parameter | None
+
+    def __init__(self, scheme: SchemeConfig, observer: Observer | None = None, name: str = "") -> None:
+        super().__init__()
+        self.scheme, self.observer, self.name = scheme, observer, name
+        self.fake_quant_enabled = self.observer_enabled = True
+        self.use_grad_scaling, self.highest = True, 1.0  # `highest`: the highest level, in steps
+        self.register_parameter("step", None)
+        self.register_parameter("zero_point", None)
+        self._quantizer = scheme.quantizer(name)
+        self._found: Params | None = None  # what the observer's range gives; None: ask it
+
+    def quantizer(self) -> Quantizer:
+        """The arithmetic; in training its random numbers go on from tensor to tensor, else they begin anew."""
+        return self._quantizer if self.training else self.scheme.quantizer(self.name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., columns]` on the grid, in its own dtype. Raises NonFinite; QuantplanError QP603 where a range is to be used and
+        nothing was seen."""
+        if self.observer is not None and self.observes:
+            self.observe(x)
+        if not self.fake_quant_enabled or x.numel() == 0:
+            return x
+        return self.round(x)
+
+    @property
+    def observes(self) -> bool:
+        """Whether the observer sees what comes."""
+        return self.training and self.observer_enabled
+
+    def enable_fake_quant(self, enabled: bool = True) -> None:
+        """Whether values are rounded."""
+        self.fake_quant_enabled = bool(enabled)
+
+    def disable_fake_quant(self) -> None:
+        """Values pass as they are."""
+        self.enable_fake_quant(False)
+
+    def enable_observer(self, enabled: bool = True) -> None:
+        """Whether the observer sees what comes."""
+        self.observer_enabled = bool(enabled)
+
+    def disable_observer(self) -> None:
+        """Ranges stay as they are."""
+        self.enable_observer(False)
+
+    def observe(self, x: Tensor) -> None:
+        """Shows a tensor to the observer."""
+        assert self.observer is not None
+        self.observer.update(x)
+        self._found = None
+
+    def round(self, x: Tensor, absmax: Tensor | None = None) -> Tensor:
+        """`[..., columns]` on the grid. `absmax`: see `Quantizer.fit`."""
+        quantizer = self.quantizer()
+        params = self.params(x, quantizer, absmax)
+        scale = self.gradient_scale(x.numel()) if self.step is not None else 1.0
+        return fake_quantize(x, quantizer, params, step=self.step, zero_point=self.zero_point, gradient_scale=scale)
+
+    @torch.no_grad()
+    def params(self, x: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> Params:
+        """The parameters of `x`, as `QuantizedTensor` has them, learned ones aside."""
+        groups = quantizer.groups(x.detach().reshape(-1, x.shape[-1]).float())
+        if self.observer is None:
+            if absmax is None and self.scheme.needs_absmax:
+                absmax = largest_magnitude(groups).amax()
+            found = quantizer.fit(groups, absmax=absmax)
+        else:
+            known = {n: p.to(x.device) for n, p in self.static().items()}
+            found = quantizer.static_params(groups, known)
+        return {n: p if n in self.scheme.tensor_params else p.squeeze(-1) for n, p in found.items()}
+
+    def static(self) -> Params:
+        """What `Quantizer.fit_static` finds in the observer's range. Raises QuantplanError QP603 when nothing was seen."""
+        assert self.observer is not None
+        if self._found is None:
+            quantizer = self.scheme.quantizer()
+            self._found = quantizer.fit_static(self.observer.result(quantizer))
+        return self._found
+
+    def learn(self, params: Params) -> None:
+        """From now on the step, and the zero point where there is one, are parameters, which begin as `params`, shaped as
+        those of `QuantizedTensor`, has them. What belongs to the whole tensor is not learned."""
+        quantizer = self.scheme.quantizer()
+        self.highest = quantizer.levels(params)[-1] if self.scheme.symmetric_grid else 2.0**self.scheme.bits - 1
+        self.step = nn.Parameter(quantizer.step(params).detach().clone())
+        if "zero_point" in params:
+            self.zero_point = nn.Parameter(params["zero_point"].detach().float().clone())
+
+    def learned(self, params: Params) -> Params:
+        """`params` with what was learned in the place of what was fitted, as it is stored."""
+        quantizer = self.scheme.quantizer()
+        if self.step is not None:
+            own = self.scheme.tensor_params
+            wide = {n: p if n in own else p.unsqueeze(-1) for n, p in params.items()}
+            stepped = quantizer.with_step(wide, self.step.detach().unsqueeze(-1))
+            params = {n: p if n in own else p.squeeze(-1) for n, p in stepped.items()}
+        if self.zero_point is not None:
+            params = {**params, "zero_point": stored_zero_point(self.zero_point, params["zero_point"].dtype, quantizer)}
+        return params
+
+    def gradient_scale(self, count: int) -> float:
+        """What gradients of learned parameters are multiplied by: `1 / sqrt(count * highest level)`, LSQ's section 2.2."""
+        return (count * self.highest) ** -0.5 if self.use_grad_scaling else 1.0
+
+
+class WeightFakeQuantizer(FakeQuantizer):
+    """Rounds a weight `[out, ...]` as `algorithm` does when a plan is applied.
+
+    `fused`: modules whose weights, this one's among them, share what belongs to a whole tensor (nvfp4's scale of q, k and v);
+    they are no children. An algorithm that takes data cannot be asked at every step: `rtn` then.
+    """
+
+    def __init__(self, scheme: SchemeConfig, algorithm: Algorithm | None = None, name: str = "") -> None:
+        super().__init__(scheme, name=name)
+        plain = ALGORITHMS.get("rtn")()
+        self.algorithm = plain if algorithm is None or algorithm.takes_data else algorithm
+        self._fits = self.algorithm == plain  # the ranges are then those of `Quantizer.fit`
+        self.fused: tuple[Any, ...] = ()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight` on the grid, in its own dtype. Raises NonFinite."""
+        if not self.fake_quant_enabled:
+            return weight
+        matrix = weight.reshape(weight.shape[0], -1)
+        return self.round(matrix, self.absmax()).view(weight.shape)
+
+    @torch.no_grad()
+    def absmax(self) -> Tensor | None:
+        """The largest magnitude of all fused weights, for schemes that need it; None: this weight's own."""
+        if not self.scheme.needs_absmax or not self.fused:
+            return None
+        weights = [layer.weight.detach() for layer in self.fused]
+        return torch.stack([weight.abs().amax().float() for weight in weights]).amax()
+
+    @torch.no_grad()
+    def params(self, x: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> Params:
+        if self._fits or self.step is not None:
+            return super().params(x, quantizer, absmax)
+        return dict(self.algorithm.solve(x.detach().float(), self.scheme.quantizer(self.name), absmax).params)
+
+    @torch.no_grad()
+    def solve(self, weight: Tensor) -> QuantizedTensor:
+        """The weight as codes and parameters, `[out, columns]`: what a plan applied to it gives, or what was learned."""
+        matrix = weight.detach().reshape(weight.shape[0], -1).float().contiguous()
+        quantizer, absmax = self.scheme.quantizer(self.name), self.absmax()
+        if self.step is None:
+            return self.algorithm.solve(matrix, quantizer, absmax)
+        params = self.learned(self.params(matrix, quantizer, absmax))
+        groups = quantizer.groups(matrix)
+        wide = {n: p if n in self.scheme.tensor_params else p.unsqueeze(-1) for n, p in params.items()}
+        return quantizer.quantize_groups(groups, wide, *matrix.shape)

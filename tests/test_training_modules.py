@@ -1,0 +1,182 @@
+"""Fake quantization and the layers of training: forward as the quantized model, gradients as torch's and by differences."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_nn import VARIANTS, named, scheme
+from torch import nn
+from torch.nn import functional
+
+from quantplan import FakeQuantizedLinear, QuantLinear, convert, fake_quantize, prepare_qat, quantize
+from quantplan.nn.fake_quantize import fake_quantize_static
+from quantplan.observer import OBSERVERS
+from quantplan.scheme import SCHEMES
+
+ACTIVATIONS: list[dict[str, Any] | None] = [
+    None,
+    {"scheme": "int8"},
+    {"scheme": "fp8", "dynamic": False},
+    {"scheme": "int8", "symmetric": False, "dynamic": False, "observer": "static_range"},
+    {"scheme": "nvfp4", "dynamic": False},
+    {"scheme": "mxfp8"},
+]
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantized layers compute with the dequantized weight: kernels add up in another order."""
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "none")
+    torch.manual_seed(0)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().view(torch.int32)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_forward_is_quantize_and_dequantize_bit_for_bit(options: dict[str, Any]) -> None:
+    x = torch.randn(40, 192, requires_grad=True)
+    quantizer = scheme(options).quantizer()
+    expected = quantizer.dequantize(quantizer.quantize(x.detach()))
+    assert torch.equal(bits(fake_quantize(x, scheme(options).quantizer())), bits(expected))
+    if options.get("rounding") != "stochastic":
+        q = quantizer.quantize(x.detach())
+        assert torch.equal(bits(fake_quantize(x, quantizer, dict(q.params))), bits(expected))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_gradients_pass_but_for_clamped_values(options: dict[str, Any]) -> None:
+    """With a narrow range: what is clamped stays where it is when values grow, and has no gradient; the rest has the output's."""
+    config = scheme(options)
+    x = torch.randn(40, 192)
+    params = dict(config.quantizer().quantize(x * 0.4).params)
+    x.requires_grad_()
+    gradient = torch.randn(40, 192)
+    (fake_quantize(x, config.quantizer(), params) * gradient).sum().backward()
+    assert x.grad is not None
+    far = fake_quantize(x.detach() * 1.5, config.model_copy(update={"rounding": "nearest"}).quantizer(), params)
+    near = fake_quantize(x.detach() * 1.3, config.model_copy(update={"rounding": "nearest"}).quantizer(), params)
+    passes = x.grad == gradient
+    assert torch.equal(x.grad == 0, ~passes)
+    assert 0.005 < (~passes).float().mean() < 0.7
+    # clamped: moving on changes nothing; every value that still moves has its gradient
+    assert torch.equal(far[~passes], near[~passes]) and passes[far != near].all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_learned_steps_have_the_gradients_of_torchs_kernels(name: str, symmetric: bool, granularity: str) -> None:
+    config = SCHEMES.get(name)(symmetric=symmetric, granularity=granularity, scale_dtype="float32")
+    x, gradient = torch.randn(7, 192), torch.randn(7, 192)
+    params = dict(config.quantizer().quantize(x).params)
+    step = params["scale"] * (0.5 + torch.rand_like(params["scale"]))
+    zero = params["zero_point"].float() + 0.3 if not symmetric else None
+    ours = [t.clone().requires_grad_() if t is not None else None for t in (x, step, zero)]
+    y = fake_quantize(ours[0], config.quantizer(), params, step=ours[1], zero_point=ours[2], gradient_scale=0.37)
+    (y * gradient).sum().backward()
+    half = 2 ** (config.bits - 1)
+    low, high = (-half, half - 1) if symmetric else (0, 2 * half - 1)
+    theirs = [t.clone().requires_grad_() for t in (x, step.reshape(-1), (zero if zero is not None else 0 * step).reshape(-1))]
+    if granularity == "tensor":
+        expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, low, high, 0.37)
+    else:
+        expected = torch._fake_quantize_learnable_per_channel_affine(*theirs, 0, low, high, 0.37)
+    (expected * gradient).sum().backward()
+    torch.testing.assert_close(y, expected)
+    for own, their in zip(ours, theirs, strict=True):
+        if own is not None:
+            torch.testing.assert_close(own.grad.reshape(their.grad.shape), their.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [o for o in VARIANTS if o.get("rounding") != "stochastic"], ids=named)
+def test_a_learned_step_of_any_scheme_has_the_gradient_of_its_definition(options: dict[str, Any]) -> None:
+    """Levels held fast, `x + step * (q - y)` is the function that LSQ differentiates: central differences in float64."""
+    config = scheme(options)
+    quantizer, x, gradient = config.quantizer(), torch.randn(40, 192), torch.randn(40, 192).double()
+    params = dict(quantizer.quantize(x * 0.7).params)
+    step = quantizer.step(params).clone().requires_grad_()
+    y = fake_quantize(x.requires_grad_(), quantizer, params, step=step)
+    (y * gradient).sum().backward()
+    rows = quantizer.groups(torch.arange(40.0).unsqueeze(1).expand(40, 192))  # which group each value is in
+    wide = {n: p if n in config.tensor_params else p.unsqueeze(-1) for n, p in params.items()}
+    unit = quantizer.step(wide).double()
+    groups, values = quantizer.groups(x.detach()).double(), quantizer.groups(y.detach()).double()
+    passed = quantizer.groups((x.grad != 0).float()).bool()
+    level = values / unit
+
+    def surrogate(s: torch.Tensor) -> torch.Tensor:
+        rounding = level - torch.where(passed, groups / unit, 0)  # held fast
+        return (torch.where(passed, groups, 0) + s * rounding) * quantizer.groups(gradient)
+
+    h = 1e-3 * unit
+    expected = (surrogate(unit + h) - surrogate(unit - h)).sum(-1, keepdim=True) / (2 * h)
+    assert step.grad is not None and rows.shape == groups.shape
+    torch.testing.assert_close(step.grad.double().reshape(expected.shape), expected, rtol=1e-3, atol=1e-3)
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+
+
+@pytest.mark.parametrize("aq", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=named)
+def test_qat_computes_what_the_converted_model_computes(options: dict[str, Any], aq: dict[str, Any] | None) -> None:
+    model = net()
+    plan = {"default": {"wq": options, "aq": aq}, "overrides": [{"pattern": "4", "keep": True}]}
+    if options.get("group_size", 0) == 64:
+        plan["default"]["wq"] = {**options, "group_size": 32}
+    prepared = prepare_qat(model, plan)
+    assert prepared.state_dict().keys() == model.state_dict().keys()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+    for _ in range(2):
+        loss = functional.cross_entropy(prepared(torch.randn(16, 192)), torch.randint(8, (16,)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert not torch.equal(prepared[0].weight, model[0].weight)
+    prepared.eval()
+    done = convert(prepared)
+    assert isinstance(done[0], QuantLinear) and isinstance(prepared[0], FakeQuantizedLinear)
+    x = torch.randn(5, 192)
+    assert torch.equal(prepared(x), done(x))
+    if aq is None or aq.get("dynamic", True):
+        trained = net()
+        trained.load_state_dict(prepared.state_dict())
+        applied = quantize(trained, plan).state_dict()
+        assert applied.keys() == done.state_dict().keys()
+        for name, tensor in done.state_dict().items():
+            assert torch.equal(tensor.view(torch.uint8), applied[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("name", OBSERVERS.names())
+def test_static_rounding_of_activations_is_that_of_the_quantizer(name: str) -> None:
+    observer = OBSERVERS.get(name)()
+    if observer.dynamic or observer.channel_axis is not None:
+        return
+    config = SCHEMES.get("int8")(dynamic=False, symmetric=False)
+    quantizer, seen = config.quantizer(), observer.observer()
+    seen.update(torch.randn(3, 5, 32))
+    found = quantizer.fit_static(seen.result(quantizer))
+    x = (torch.randn(2, 3, 32) * 2).requires_grad_()
+    y = fake_quantize_static(x, quantizer, found)
+    assert torch.equal(y, quantizer.round_static(x.detach(), found))
+    y.sum().backward()
+    ends = y.detach() == y.detach().amax()
+    assert x.grad is not None and set(x.grad.unique().tolist()) <= {0.0, 1.0} and ends.any()
+
+
+def test_prepare_leaves_the_model_alone_unless_in_place() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    prepared = prepare_qat(model, {"default": {"wq": "int8"}})
+    with torch.no_grad():
+        prepared[0].weight.zero_()
+    assert type(model[0]) is nn.Linear and all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    same = prepare_qat(model, {"default": {"wq": "int8"}}, inplace=True)
+    assert same is model and isinstance(model[0], FakeQuantizedLinear)
+    assert convert(model, inplace=True) is model and isinstance(model[0], QuantLinear)
