@@ -309,7 +309,10 @@ def standing_for(model: Any, report: Report, rounding: torch.dtype | None) -> It
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_logits_are_those_of_rounded_inputs(name: str, model: Path, tokens: Tensor, written: Written) -> None:
+def test_logits_are_those_of_rounded_inputs(
+    name: str, model: Path, tokens: Tensor, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUANTPLAN_KERNELS", "none")  # what kernels round is in test_kernels
     report = written(PLANS[name])
     # quantplan rounds in float32, compressed-tensors in the model's dtype
     for found, rounding in ((quantplan.load(report.out).eval(), torch.float32), (opened(report.out), None)):

