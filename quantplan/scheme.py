@@ -200,6 +200,10 @@ class Quantizer(ABC):
     def with_step(self, params: Params, step: Tensor) -> Params:
         """The parameters with the storable step nearest to `step`, float32 with a last axis of 1."""
 
+    def with_zero_point(self, params: Params, zero_point: Tensor) -> Params:
+        """The parameters with the storable zero point nearest to `zero_point`, float32; only schemes that store one."""
+        raise NotImplementedError
+
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """The grid's values nearest to `x`, float32, shape of `x`."""
         return self.decode(self.encode(x, params), params)

@@ -36,11 +36,7 @@ def fake_quantize(
     if x.numel() == 0:
         return x
     groups = quantizer.groups(x.reshape(-1, x.shape[-1]).float())
-    own = quantizer.config.tensor_params
-    if params is None:
-        found = fitted(groups, quantizer, absmax)
-    else:
-        found = {n: p if n in own else p.unsqueeze(-1) for n, p in params.items()}
+    found = fitted(groups, quantizer, absmax) if params is None else widened(params, quantizer)
     return _restored(round_groups(groups, quantizer, found, step, zero_point, gradient_scale), quantizer, x)
 
 
@@ -70,16 +66,24 @@ def round_groups(
 ) -> Tensor:
     """The grid's values nearest to groups `[..., size]`, float32, with the gradients; `params` as `Quantizer.fit` makes them,
     `step` and `zero_point` as `fake_quantize` takes them."""
+    own = quantizer.config.tensor_params
+    learned = with_learned({n: p if n in own else p.squeeze(-1) for n, p in params.items()}, quantizer, step, zero_point)
+    return _Rounded.apply(groups, step, zero_point, quantizer, widened(learned, quantizer), gradient_scale)
+
+
+def widened(params: Params, quantizer: Quantizer) -> Params:
+    """Parameters shaped as `QuantizedTensor`'s, shaped as `Quantizer.fit` makes them: with a last axis of 1."""
+    return {n: p if n in quantizer.config.tensor_params else p.unsqueeze(-1) for n, p in params.items()}
+
+
+@torch.no_grad()
+def with_learned(params: Params, quantizer: Quantizer, step: Tensor | None, zero_point: Tensor | None) -> Params:
+    """`params`, shaped as `QuantizedTensor`'s, with the storable ones nearest to what was learned."""
+    own = quantizer.config.tensor_params
     if step is not None:
-        params = quantizer.with_step(params, step.detach().float().unsqueeze(-1))
-    if zero_point is not None:
-        params = {**params, "zero_point": stored_zero_point(zero_point, params["zero_point"].dtype, quantizer).unsqueeze(-1)}
-    return _Rounded.apply(groups, step, zero_point, quantizer, params, gradient_scale)
-
-
-def stored_zero_point(zero_point: Tensor, dtype: torch.dtype, quantizer: Quantizer) -> Tensor:
-    """A learned zero point as it is stored: the nearest level."""
-    return zero_point.detach().round().clamp(0, 2**quantizer.config.bits - 1).to(dtype)
+        stepped = quantizer.with_step(widened(params, quantizer), step.float().unsqueeze(-1))
+        params = {n: p if n in own else p.squeeze(-1) for n, p in stepped.items()}
+    return params if zero_point is None else quantizer.with_zero_point(params, zero_point)
 
 
 def _restored(values: Tensor, quantizer: Quantizer, x: Tensor) -> Tensor:

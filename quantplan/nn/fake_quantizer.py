@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
-from quantplan.nn.fake_quantize import fake_quantize, stored_zero_point
+from quantplan.nn.fake_quantize import fake_quantize, widened, with_learned
 from quantplan.observer import Observer
 from quantplan.scheme import Params, Quantizer, SchemeConfig, largest_magnitude
 from quantplan.tensor import QuantizedTensor
@@ -23,15 +24,15 @@ class FakeQuantizer(nn.Module):
     """
 
     step: nn.Parameter | None
-    zero_point: nn.Parameter | None
+    zero: nn.Parameter | None
 
     def __init__(self, scheme: SchemeConfig, observer: Observer | None = None, name: str = "") -> None:
         super().__init__()
         self.scheme, self.observer, self.name = scheme, observer, name
-        self.fake_quant_enabled = self.observer_enabled = True
+        self.enabled = self.fake_quant_enabled = self.observer_enabled = True
         self.use_grad_scaling, self.highest = True, 1.0  # `highest`: the highest level, in steps
         self.register_parameter("step", None)
-        self.register_parameter("zero_point", None)
+        self.register_parameter("zero", None)
         self._quantizer = scheme.quantizer(name)
         self._found: Params | None = None  # what the observer's range gives; None: ask it
 
@@ -42,6 +43,8 @@ class FakeQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., columns]` on the grid, in its own dtype. Raises NonFinite; QuantplanError QP603 where a range is to be used and
         nothing was seen."""
+        if not self.enabled:
+            return x
         if self.observer is not None and self.observes:
             self.observe(x)
         if not self.fake_quant_enabled or x.numel() == 0:
@@ -75,12 +78,23 @@ class FakeQuantizer(nn.Module):
         self.observer.update(x)
         self._found = None
 
+    def load_range(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces what the observer saw. Raises as `Observer.load_state`."""
+        assert self.observer is not None
+        self.observer.load_state(state)
+        self._found = None
+
     def round(self, x: Tensor, absmax: Tensor | None = None) -> Tensor:
         """`[..., columns]` on the grid. `absmax`: see `Quantizer.fit`."""
         quantizer = self.quantizer()
         params = self.params(x, quantizer, absmax)
-        scale = self.gradient_scale(x.numel()) if self.step is not None else 1.0
-        return fake_quantize(x, quantizer, params, step=self.step, zero_point=self.zero_point, gradient_scale=scale)
+        step, zero = self.learning()
+        scale = self.gradient_scale(x.numel()) if step is not None else 1.0
+        return fake_quantize(x, quantizer, params, step=step, zero_point=zero, gradient_scale=scale)
+
+    def learning(self) -> tuple[Tensor | None, Tensor | None]:
+        """What is learned, step and zero point, as `fake_quantize` takes them; None: nothing."""
+        return self.step, self.zero
 
     @torch.no_grad()
     def params(self, x: Tensor, quantizer: Quantizer, absmax: Tensor | None = None) -> Params:
@@ -91,11 +105,11 @@ class FakeQuantizer(nn.Module):
                 absmax = largest_magnitude(groups).amax()
             found = quantizer.fit(groups, absmax=absmax)
         else:
-            known = {n: p.to(x.device) for n, p in self.static().items()}
+            known = {n: p.to(x.device) for n, p in self.found().items()}
             found = quantizer.static_params(groups, known)
         return {n: p if n in self.scheme.tensor_params else p.squeeze(-1) for n, p in found.items()}
 
-    def static(self) -> Params:
+    def found(self) -> Params:
         """What `Quantizer.fit_static` finds in the observer's range. Raises QuantplanError QP603 when nothing was seen."""
         assert self.observer is not None
         if self._found is None:
@@ -103,30 +117,49 @@ class FakeQuantizer(nn.Module):
             self._found = quantizer.fit_static(self.observer.result(quantizer))
         return self._found
 
+    @torch.no_grad()
+    def static(self) -> Params | None:
+        """What the quantized layer stores for static activations, learned or found; None for dynamic ones. Raises QuantplanError
+        QP603 when nothing was seen."""
+        if self.observer is None:
+            return None
+        if self.learning()[0] is None:
+            return self.found()
+        grid = self.learned({n: p.reshape(1, 1) for n, p in self.found().items()})
+        return {n: p.reshape(1) for n, p in grid.items()}
+
+    @torch.no_grad()
+    def solve(self, weight: Tensor, absmax: Tensor | None = None) -> QuantizedTensor:
+        """A weight as codes and parameters, `[out, columns]`."""
+        matrix = weight.detach().reshape(weight.shape[0], -1).float().contiguous()
+        quantizer = self.scheme.quantizer(self.name)
+        params = self.learned(self.params(matrix, quantizer, absmax))
+        return quantizer.quantize_groups(quantizer.groups(matrix), widened(params, quantizer), *matrix.shape)
+
     def learn(self, params: Params) -> None:
         """From now on the step, and the zero point where there is one, are parameters, which begin as `params`, shaped as
         those of `QuantizedTensor`, has them. What belongs to the whole tensor is not learned."""
         quantizer = self.scheme.quantizer()
-        self.highest = quantizer.levels(params)[-1] if self.scheme.symmetric_grid else 2.0**self.scheme.bits - 1
+        self.highest = highest_level(self.scheme, params)
         self.step = nn.Parameter(quantizer.step(params).detach().clone())
         if "zero_point" in params:
-            self.zero_point = nn.Parameter(params["zero_point"].detach().float().clone())
+            self.zero = nn.Parameter(params["zero_point"].detach().float().clone())
 
     def learned(self, params: Params) -> Params:
         """`params` with what was learned in the place of what was fitted, as it is stored."""
-        quantizer = self.scheme.quantizer()
-        if self.step is not None:
-            own = self.scheme.tensor_params
-            wide = {n: p if n in own else p.unsqueeze(-1) for n, p in params.items()}
-            stepped = quantizer.with_step(wide, self.step.detach().unsqueeze(-1))
-            params = {n: p if n in own else p.squeeze(-1) for n, p in stepped.items()}
-        if self.zero_point is not None:
-            params = {**params, "zero_point": stored_zero_point(self.zero_point, params["zero_point"].dtype, quantizer)}
-        return params
+        step, zero = self.learning()
+        return with_learned(params, self.scheme.quantizer(), step, zero)
 
     def gradient_scale(self, count: int) -> float:
         """What gradients of learned parameters are multiplied by: `1 / sqrt(count * highest level)`, LSQ's section 2.2."""
         return (count * self.highest) ** -0.5 if self.use_grad_scaling else 1.0
+
+
+def highest_level(scheme: SchemeConfig, params: Params) -> float:
+    """The highest level of a grid in steps; of integers with a zero point, the highest code (torch.ao's `quant_max`)."""
+    if "zero_point" in params and scheme.name.startswith("int"):
+        return 2.0**scheme.bits - 1
+    return scheme.quantizer().levels({**params, "zero_point": params["scale"] * 0} if "zero_point" in params else params)[-1]
 
 
 class WeightFakeQuantizer(FakeQuantizer):
@@ -165,13 +198,10 @@ class WeightFakeQuantizer(FakeQuantizer):
         return dict(self.algorithm.solve(x.detach().float(), self.scheme.quantizer(self.name), absmax).params)
 
     @torch.no_grad()
-    def solve(self, weight: Tensor) -> QuantizedTensor:
+    def solve(self, weight: Tensor, absmax: Tensor | None = None) -> QuantizedTensor:
         """The weight as codes and parameters, `[out, columns]`: what a plan applied to it gives, or what was learned."""
+        absmax = self.absmax() if absmax is None else absmax
+        if self.step is not None:
+            return super().solve(weight, absmax)
         matrix = weight.detach().reshape(weight.shape[0], -1).float().contiguous()
-        quantizer, absmax = self.scheme.quantizer(self.name), self.absmax()
-        if self.step is None:
-            return self.algorithm.solve(matrix, quantizer, absmax)
-        params = self.learned(self.params(matrix, quantizer, absmax))
-        groups = quantizer.groups(matrix)
-        wide = {n: p if n in self.scheme.tensor_params else p.unsqueeze(-1) for n, p in params.items()}
-        return quantizer.quantize_groups(groups, wide, *matrix.shape)
+        return self.algorithm.solve(matrix, self.scheme.quantizer(self.name), absmax)

@@ -106,6 +106,10 @@ class IntegerQuantizer(Quantizer):
     def with_step(self, params: Params, step: Tensor) -> Params:
         return params | {"scale": stored_step(step, self.config.scale_dtype, params["scale"])}
 
+    def with_zero_point(self, params: Params, zero_point: Tensor) -> Params:
+        zero = zero_point.round().clamp(0, 2**self.config.bits - 1)
+        return params | {"zero_point": zero.to(params["zero_point"].dtype)}
+
     def reach(self, params: Params) -> tuple[Tensor | float, Tensor | float]:
         zero = 2 ** (self.config.bits - 1) if self.config.symmetric else params["zero_point"].float()
         return -0.5 - zero, 2**self.config.bits - 0.5 - zero
