@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+import transformers
+import zoo
 from test_nn import VARIANTS, named, scheme
 from torch import nn
 from torch.nn import functional
 
-from quantplan import FakeQuantizedLinear, QuantLinear, convert, fake_quantize, prepare_qat, quantize
+from quantplan import FakeQuantizedLinear, QuantLinear, apply, convert, fake_quantize, prepare_qat, quantize
 from quantplan.nn.fake_quantize import fake_quantize_static
 from quantplan.observer import OBSERVERS
 from quantplan.scheme import SCHEMES
@@ -180,3 +184,32 @@ def test_prepare_leaves_the_model_alone_unless_in_place() -> None:
     same = prepare_qat(model, {"default": {"wq": "int8"}}, inplace=True)
     assert same is model and isinstance(model[0], FakeQuantizedLinear)
     assert convert(model, inplace=True) is model and isinstance(model[0], QuantLinear)
+
+
+@pytest.mark.parametrize(
+    "wq", ["int4", {"scheme": "int4", "symmetric": False}, "nvfp4", "fp8", "mxfp4", {"scheme": "nf4", "group_size": 32}]
+)
+def test_conversion_is_what_apply_writes_from_the_trained_weights(wq: Any, tmp_path: Path) -> None:
+    folder = zoo.build("llama", tmp_path / "model", torch.bfloat16)
+    plan = {"default": {"wq": wq, "aq": "int8"}, "output": {"format": "quantplan"}}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    qat = prepare_qat(model, plan).train()
+    optimizer = torch.optim.SGD(qat.parameters(), lr=0.1)
+    for _ in range(2):
+        ids = torch.randint(100, (2, 12))
+        optimizer.zero_grad()
+        qat(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    trained = tmp_path / "trained"
+    model.load_state_dict(qat.state_dict())  # the checkpoint of training is the float model's
+    model.save_pretrained(trained)
+    written = apply(trained, plan, tmp_path / "out").out
+    convert(qat.eval()).save_pretrained(tmp_path / "converted")
+    expected, found = (safetensors.torch.load_file(Path(f) / "model.safetensors") for f in (written, tmp_path / "converted"))
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype and torch.equal(tensor.view(torch.uint8), found[name].view(torch.uint8)), name
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    ids = torch.randint(100, (2, 12))
+    with torch.no_grad():
+        assert torch.equal(reloaded(ids).logits, qat(ids).logits)

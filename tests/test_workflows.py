@@ -601,3 +601,114 @@ def test_plans_with_learned_steps(wq: Any) -> None:
     qat.eval()
     x = batches(width=64)[0]
     assert torch.equal(qp.convert(qat)(x), qat(x))
+
+
+# --- seed 003: debugging
+
+
+def test_models_side_by_side_layer_by_layer() -> None:
+    model = trained(Small(), 5, 1e-2).eval()
+    quantized = qp.quantize(
+        copy.deepcopy(model), {"default": {"wq": "int4", "aq": None}, "overrides": [{"pattern": "conv", "wq": "int8"}]}
+    )
+    x = images(8, 4)[0]
+    found = qp.compare_quantized_float(model, quantized, x)
+    with torch.no_grad():
+        expected = (model.conv(x) - quantized.conv(x)).abs()
+    assert found["conv"]["max"] == pytest.approx(float(expected.max())) and found["conv"]["mean"] == pytest.approx(
+        float(expected.mean())
+    )
+    assert found["conv"]["relative"] == pytest.approx(float((expected / (model.conv(x).abs() + 1e-8)).mean()), rel=1e-4)
+    assert found["quant"]["max"] == 0 < found["fc"]["max"]
+    assert qp.compare_layers(model, quantized, x)["fc"].snr > 10
+    assert not any(m._forward_hooks for m in (*model.modules(), *quantized.modules()))
+
+
+def test_outliers_are_found() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Identity(), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight[3] *= 100
+    names = {name for name, *_ in qp.check_activation_outliers(model, [torch.randn(16, 64)])}
+    assert {"0", "1"} <= names
+    calm = qp.check_activation_outliers(nn.Sequential(nn.Identity()), [torch.rand(16, 64)])
+    assert calm == []
+
+
+def test_steps_and_their_plot(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 4))
+    model.qconfig = qp.default_qconfig  # type: ignore[assignment]
+    prepared = qp.prepare(model)
+    prepared(batches()[0])
+    before = {(s.name, s.kind): s for s in qp.quantization_steps(prepared)}
+    done = qp.convert(prepared)
+    after = {(s.name, s.kind): s for s in qp.quantization_steps(done)}
+    assert before == after and after.keys() == {("0", "weight"), ("0", "input"), ("2", "weight"), ("2", "input")}
+    figure = qp.plot_quantization_stats(done, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").stat().st_size > 1000 and len(figure.axes[0].patches) == 4
+
+
+# --- the graph route
+
+
+class Functional(nn.Module):
+    """No module is called: only functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.b1 = nn.Parameter(torch.randn(8, 1, 3, 3) / 3), nn.Parameter(torch.randn(8) / 9)
+        self.norm = nn.BatchNorm2d(8)
+        self.block = nn.Module()
+        self.block.fc = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(functional.conv2d(x, self.w1, self.b1, padding=1)))
+        x = functional.avg_pool2d(x, 4).flatten(1)
+        return functional.linear(x, self.block.fc.weight, self.block.fc.bias)
+
+
+def test_the_graph_route_finds_layers_that_are_calls() -> None:
+    model = trained(Functional(), 100, 1e-2).eval()
+    x, _ = images(32, 5)
+    captured = qp.capture(model, (x[:2],))
+    names = {n: type(m) for n, m in captured.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    assert names == {"w1_layer": nn.Conv2d, "block.fc": nn.Linear} or names == {"w1": nn.Conv2d, "block.fc": nn.Linear}
+    assert not any(n.target is torch.ops.aten.batch_norm.default for n in captured.graph.nodes)
+    torch.testing.assert_close(captured(x), model(x), rtol=1e-4, atol=1e-4)
+    prepared = qp.prepare_fx(model, qp.get_default_qconfig_mapping("fbgemm"), (x[:2],))
+    with torch.no_grad():
+        prepared(x)
+    done = qp.convert_fx(prepared)
+    assert isinstance(done.block.fc, qp.QuantLinear)
+    assert accuracy(done) > accuracy(model) - 0.02
+    by_plan = qp.quantize(captured, {"default": {"wq": "int8"}})
+    assert isinstance(by_plan.block.fc, qp.QuantLinear)
+    torch.testing.assert_close(by_plan(x), model(x), rtol=0.1, atol=0.1)
+    only = qp.prepare_fx(model, {"block": qp.default_qconfig}, (x[:2],))
+    assert sum(isinstance(m, qp.FakeQuantizer) for m in only.modules()) == 2
+
+
+def test_a_graph_trains() -> None:
+    model = trained(Functional(), 60, 1e-2).eval()
+    x, y = images(64, 5)
+    qat = qp.prepare_qat_fx(model, qp.get_default_qat_qconfig_mapping("fbgemm"), (x[:2],))
+    optimizer = torch.optim.Adam(qat.parameters(), lr=1e-3)
+    start = float(functional.cross_entropy(qat(x), y))
+    for _ in range(20):
+        optimizer.zero_grad()
+        functional.cross_entropy(qat(x), y).backward()
+        optimizer.step()
+    assert float(functional.cross_entropy(qat(x), y)) < start
+    qat.apply(qp.disable_observer)
+    done = qp.convert(qat)
+    with torch.no_grad():
+        assert torch.equal(done(x), qat(x))
+
+
+def test_what_cannot_be_captured_is_said() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(QuantplanError, match=r"QP222 torch\.export cannot capture"):
+        qp.capture(Branch(), (torch.randn(2, 3),))
