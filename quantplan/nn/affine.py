@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantplan.errors import fail
+from quantplan.nn.fake_quantize import fake_quantize
 from quantplan.nn.fake_quantizer import FakeQuantizer
 from quantplan.nn.observers import (
     SYMMETRIC,
@@ -185,6 +186,21 @@ class LearnableFakeQuantize(FakeQuantize):
 
 
 _LearnableFakeQuantize = LearnableFakeQuantize  # torch.ao's name
+
+
+def fake_quantize_per_tensor_affine(x: Tensor, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Tensor:
+    """`(clamp(round(x / scale) + zero_point, quant_min, quant_max) - zero_point) * scale`, with the gradients of `fake_quantize`:
+    straight through where not clamped, and for `scale` and `zero_point` where they require one. Raises QuantplanError QP105 for
+    integers that are not 2 to the power of 2 to 8."""
+    scheme = scheme_of(MovingAverageMinMaxObserver(quant_min=quant_min, quant_max=quant_max, dtype=_dtype(quant_min)))
+    step = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(1, 1)
+    zero = torch.as_tensor(zero_point, dtype=torch.float32, device=x.device).reshape(1, 1) - quant_min
+    held = {"scale": step.detach(), "zero_point": zero.detach().round().to(torch.uint8)}
+    return fake_quantize(x.reshape(1, -1), scheme.quantizer(), held, step=step, zero_point=zero).view(x.shape)
+
+
+def _dtype(quant_min: int) -> torch.dtype:
+    return torch.qint8 if quant_min < 0 else torch.quint8
 
 
 def scheme_of(observer: ObserverModule, dynamic: bool = False) -> SchemeConfig:

@@ -87,6 +87,9 @@ class FakeQuantizedLinear(FakeQuantized, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
 
 
+FakeQuantizeLinear = FakeQuantizedLinear  # seed 002's name
+
+
 class FakeQuantizedConv(FakeQuantized):
     """`y = conv(Q(x), Q(W)) + b`, in 1, 2 or 3 dimensions, depthwise too."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from quantplan.nn.fake_quantizer import FakeQuantizer, WeightFakeQuantizer
 from quantplan.nn.fusion import FakeQuantizedBatchNorm, LayerBatchNorm
 from quantplan.nn.half import HalfLinear
 from quantplan.nn.linear import QuantLinear
+from quantplan.nn.qconfig import default_qconfig
 from quantplan.nn.quantize import holders, note_quantization, resolve_in_memory
 from quantplan.nn.skip import FloatFunctional
 
@@ -63,30 +64,59 @@ def prepare_qat(model: nn.Module, plan: PlanLike | None = None, inplace: bool = 
     return model
 
 
-def prepare(model: nn.Module, inplace: bool = False) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    inplace: bool = False,
+    allow_list: Collection[type] | None = None,
+    observer_non_leaf_module_list: Collection[type] | None = None,
+    prepare_custom_config_dict: Mapping[str, Mapping[type, Any]] | None = None,
+) -> nn.Module:
     """A copy of `model` (with `inplace`, itself) whose layers observe their inputs, for `convert` to quantize (seed 003): layers
-    take the `qconfig` of the nearest module above them that has one. Raises QuantplanError QP105 where none has."""
-    return _prepare_qconfigs(model if inplace else copy.deepcopy(model), rounding=False)
+    take the `qconfig` of the nearest module above them that has one.
+
+    `allow_list`: the classes of layers to take, by default all that are known. `observer_non_leaf_module_list`: classes of other
+    modules whose outputs are observed too, by `activation_post_process`. `prepare_custom_config_dict`: under
+    `float_to_observed_custom_module_class`, classes whose `from_float(module)` replaces modules of a class. Raises QuantplanError
+    QP105 where no layer has a qconfig.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    _swap(model, (prepare_custom_config_dict or {}).get("float_to_observed_custom_module_class", {}), "from_float")
+    watched = [m for m in model.modules() if type(m) in (observer_non_leaf_module_list or ())]
+    prepared = _prepare_qconfigs(model, rounding=False, allowed=allow_list)
+    for module in watched:
+        module.add_module("activation_post_process", getattr(module, "qconfig", default_qconfig).activation())
+        module.register_forward_hook(lambda module, _, output: module.activation_post_process(output))
+    return prepared
 
 
 @torch.no_grad()
-def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """A copy of a prepared `model` (with `inplace`, itself) with its layers quantized: bit for bit what `quantplan.quantize` and
+def convert(
+    module: nn.Module,
+    inplace: bool = False,
+    mapping: Mapping[type, Any] | None = None,
+    convert_custom_config_dict: Mapping[str, Mapping[type, Any]] | None = None,
+) -> nn.Module:
+    """A copy of a prepared `module` (with `inplace`, itself) with its layers quantized: bit for bit what `quantplan.quantize` and
     `quantplan.apply` make of the trained weights. A transformers model then saves as a native checkpoint.
+
+    `mapping`: classes whose `from_float(layer)` replaces layers of a class instead. `convert_custom_config_dict`: under
+    `observed_to_quantized_custom_module_class`, classes whose `from_observed(module)` does.
 
     Raises NonFinite; QuantplanError QP603 for static inputs that were never seen.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = module if inplace else copy.deepcopy(module)
+    _swap(model, (convert_custom_config_dict or {}).get("observed_to_quantized_custom_module_class", {}), "from_observed")
+    _swap(model, mapping or {}, "from_float")
     found = holders(model)
     # all are solved before any is replaced: fused ones look at one another
     layers = {n: m for n, m in model.named_modules() if isinstance(m, FakeQuantized | FakeQuantizedBatchNorm | HalfLinear)}
     converted = {name: layer.converted() for name, layer in layers.items()}
     for name, layer in layers.items():
         _replace(found, layer, converted[name])
-    for module in model.modules():
-        if isinstance(module, FloatFunctional) and module.output_fake_quant is not None:
-            module.output_fake_quant.enable_fake_quant()
-            module.output_fake_quant.disable_observer()
+    for part in model.modules():
+        if isinstance(part, FloatFunctional) and part.output_fake_quant is not None:
+            part.output_fake_quant.enable_fake_quant()
+            part.output_fake_quant.disable_observer()
     note_quantization(model, [_assignment(n, made) for n, made in converted.items() if isinstance(made, QuantLinear)])
     return model
 
@@ -146,9 +176,9 @@ def enable_fake_quant(module: nn.Module) -> None:
         module.enable_fake_quant()
 
 
-def _prepare_qconfigs(model: nn.Module, rounding: bool) -> nn.Module:
-    """`model`, in place, by its qconfigs; `rounding`: values are rounded at once, or only observed."""
-    chosen = list(with_qconfigs(model))
+def _prepare_qconfigs(model: nn.Module, rounding: bool, allowed: Collection[type] | None = None) -> nn.Module:
+    """`model`, in place, by its qconfigs; `rounding`: values are rounded at once, not only observed; `allowed`: such layers."""
+    chosen = [found for found in with_qconfigs(model) if allowed is None or type(found[1]) in allowed]
     if not chosen:
         raise fail("QP105", "no layer has a qconfig", "set model.qconfig = quantplan.get_default_qconfig(), or give a plan")
     found = holders(model)
@@ -198,6 +228,14 @@ def _of_assignment(layer: nn.Module, assignment: Assignment) -> Any:
 def _replace(found: Mapping[int, list[tuple[nn.Module, str]]], layer: nn.Module, made: nn.Module) -> None:
     for parent, name in found[id(layer)]:
         setattr(parent, name, made)
+
+
+def _swap(model: nn.Module, mapping: Mapping[type, Any], method: str) -> None:
+    """In place: a module whose class is a key becomes what the value's `method` makes of it."""
+    found = holders(model)
+    for module in list(model.modules()):
+        if type(module) in mapping:
+            _replace(found, module, getattr(mapping[type(module)], method)(module))
 
 
 def _assignment(name: str, layer: QuantLinear) -> Assignment:

@@ -39,9 +39,11 @@ _STORED_DTYPES = {getattr(torch, kind): name for name, kind in TORCH_DTYPES.item
 @torch.no_grad()
 def quantize(
     model: nn.Module,
-    plan: str | os.PathLike[str] | Mapping[str, Any] | Callable[..., Any],
+    plan: str | os.PathLike[str] | Mapping[str, Any] | Callable[..., Any] | None = None,
     run_args: Any = (),
     inplace: bool = False,
+    *,
+    run_fn: Callable[..., Any] | None = None,
 ) -> nn.Module:
     """`model`, changed in place as `plan` says: each `nn.Linear` that the plan quantizes becomes a `QuantLinear`, and each
     convolution and embedding that it names, or says `keep: false` of, a `QuantConv` or `QuantEmbedding`.
@@ -50,14 +52,18 @@ def quantize(
     hold does not matter here. Fused experts (3-D parameters) are rounded to their grid and stay dense. Hooks on replaced
     layers are lost. A transformers model then saves with `save_pretrained` as a native checkpoint.
 
-    A function in the place of the plan is seed 003's: see `quantize_static`, to which `run_args` and `inplace` go.
+    A function in the place of the plan, or as `run_fn`, is seed 003's: see `quantize_static`, which takes the other arguments.
 
     Raises QuantplanError: a bad plan, with every problem at once; NaN or infinity in a weight (QP601).
     """
-    if callable(plan):
+    calibrating = run_fn or plan
+    if callable(calibrating):
         from quantplan.nn.workflows import quantize_static
 
-        return quantize_static(model, plan, run_args, inplace)
+        return quantize_static(model, calibrating, run_args, inplace)
+    if plan is None:
+        raise fail("QP105", "neither a plan nor a function to calibrate with", 'quantize(model, {"default": {"wq": "int8"}})')
+    assert not callable(plan)
     resolution = resolve_in_memory(model, plan)
     _check_assignments(resolution.quantized)
     largest = _largest_magnitudes(model, resolution.quantized)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantplan.errors import fail
+from quantplan.nn.fake_quantize import fake_quantize
 from quantplan.nn.fake_quantized import FakeQuantizedConv2d, FakeQuantizedLinear
 from quantplan.nn.fake_quantizer import FakeQuantizer, WeightFakeQuantizer, highest_level
 from quantplan.observer import OBSERVERS, Range
@@ -176,6 +177,14 @@ class FP4Conv2d(FakeQuantizedConv2d):
         super().__init__(in_channels, out_channels, kernel_size, *geometry, **options)
         self.weight_fake_quant = WeightFakeQuantizer(weight_scheme(scheme, self.weight[0].numel()))
         self.input_fake_quant = None
+
+
+def quantize_to_fp4_asymmetric(x: Tensor, scale: Tensor | float, zero_point: Tensor | float) -> Tensor:
+    """`x` on the grid of fp4 values less `zero_point`, times `scale`, as floats (seed 000); the zero point is the nearest whole
+    number that fp4 holds."""
+    quantizer = static_scheme({"scheme": "fp4", "symmetric": False}).quantizer()
+    held = {"scale": torch.as_tensor(scale).float().reshape(1, 1), "zero_point": torch.zeros(1, 1, dtype=torch.int8)}
+    return fake_quantize(x, quantizer, quantizer.with_zero_point(held, torch.as_tensor(zero_point).float().reshape(1, 1)))
 
 
 def static_scheme(scheme: SchemeLike) -> SchemeConfig:

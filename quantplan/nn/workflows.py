@@ -15,7 +15,7 @@ from quantplan.nn.affine import FakeQuantize
 from quantplan.nn.fake_quantized import FAKE_QUANTIZED, FakeQuantized, fake_quantized
 from quantplan.nn.fake_quantizer import FakeQuantizer, WeightFakeQuantizer
 from quantplan.nn.half import HalfLinear
-from quantplan.nn.prepare import as_fake_quantizer, convert, learn_weight, prepare
+from quantplan.nn.prepare import as_fake_quantizer, convert, learn_weight, prepare, prepare_qat
 from quantplan.nn.qconfig import QConfig, default_dynamic_qconfig, float16_dynamic_qconfig
 from quantplan.nn.quantize import holders
 from quantplan.nn.recurrent import RECURRENT, quantized_recurrent
@@ -128,6 +128,13 @@ def _dynamic(module: nn.Module, qconfig: QConfig) -> nn.Module:
         return HalfLinear.prepared(module).converted()
     layer: FakeQuantized = fake_quantized(module, as_fake_quantizer(weight), as_fake_quantizer(qconfig.activation()))
     return layer.converted()
+
+
+def apply_fake_quant_to_model(model: nn.Module, bits: int = 8, inplace: bool = False) -> nn.Module:
+    """`prepare_qat` of every linear layer, by row, to symmetric integers of so many bits (seed 002). Raises QuantplanError QP107
+    for bits that no scheme has."""
+    wq = {"scheme": f"int{bits}", "granularity": "channel", "scale_dtype": "float32"}
+    return prepare_qat(model, {"default": {"wq": wq}, "overrides": [{"pattern": "*", "keep": False, "optional": True}]}, inplace)
 
 
 def run_batch(model: nn.Module, batch: Any, device: torch.device | str | None = None) -> Any:
