@@ -346,6 +346,10 @@ def test_a_conv_net_goes_through_fusion_training_and_conversion() -> None:
     done = qp.convert(qat)
     assert isinstance(done.conv[0], qp.QuantConv) and isinstance(done.fc, qp.QuantLinear)
     assert done.deep.wq.strategy == "channel" and done.deep.wq.bits == 8
+    seen: list[torch.Tensor] = []
+    done.skip.register_forward_hook(lambda module, args, output: seen.append(output))
+    done(x)
+    assert len(seen[0].unique()) <= 128  # the sum is on one grid, of 7 bits
     with torch.no_grad():
         assert torch.equal(done(x), qat(x))
     assert accuracy(done) >= float_accuracy - 0.01
