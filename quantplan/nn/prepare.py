@@ -222,6 +222,8 @@ def _of_assignment(layer: nn.Module, assignment: Assignment) -> Any:
     inputs = None
     if assignment.aq is not None:
         inputs = FakeQuantizer(assignment.aq, assignment.observer.observer() if assignment.observer is not None else None)
+        inputs.place = assignment.name
+    weight.place = assignment.name
     return fake_quantized(layer, weight, inputs)
 
 
