@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from quantplan.errors import did_you_mean, fail
 from quantplan.scheme import SCHEMES, Quantizer, SchemeConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pair = tuple[type[Quantizer], Callable[..., SchemeConfig]] | tuple[None, None]
 
@@ -41,3 +44,12 @@ def _pair(choice: str | Mapping[str, Any] | None, dtype: str | None, short: Mapp
             text = f"scheme '{config.name}' has no option '{unknown[0]}'"
             raise fail("QP104", text, did_you_mean(unknown[0], config.plan_options())) from None
         raise fail("QP105", error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+
+def symmetric_quantize(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Seed 002: `x` as signed integers, int8 of its shape, and the float32 scale that gives it back, `x ~ integers * scale`; one
+    scale for the tensor. Raises NonFinite; QuantplanError QP107 for bits that no scheme has."""
+    config = SCHEMES.get(f"int{bits}").model_validate({"granularity": "tensor", "scale_dtype": "float32"})
+    found = config.quantizer().quantize(x.reshape(1, -1))
+    integers = found.codes.int() - 2 ** (bits - 1)
+    return integers.char().view(x.shape), found.params["scale"].reshape(())

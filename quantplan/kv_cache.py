@@ -63,4 +63,4 @@ class KVCache:
 
     def rounded(self, states: Tensor, scale: Tensor) -> Tensor:
         """States `[batch, heads, tokens, features]` as they come out of the cache, in their own dtype."""
-        return self.scheme.quantizer().round_static(states, {"scale": scale})
+        return self.scheme.quantizer().nearest(states.float(), {"scale": scale}).to(states.dtype)

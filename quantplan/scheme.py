@@ -200,9 +200,29 @@ class Quantizer(ABC):
     def with_step(self, params: Params, step: Tensor) -> Params:
         """The parameters with the storable step nearest to `step`, float32 with a last axis of 1."""
 
+    def with_zero_point(self, params: Params, zero_point: Tensor) -> Params:
+        """The parameters with the storable zero point nearest to `zero_point`, float32; only schemes that store one."""
+        raise NotImplementedError
+
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         """The grid's values nearest to `x`, float32, shape of `x`."""
         return self.decode(self.encode(x, params), params)
+
+    def reach(self, params: Params) -> tuple[Tensor | float, Tensor | float]:
+        """The ends of the grid in steps, each with half of its last gap: from the low end up to but not including the high one,
+        a value is rounded; beyond, it is clamped, and has no gradient (torch.ao's rule, which looks at the rounded level)."""
+        levels = self.levels(params)
+        return levels[0] - (levels[1] - levels[0]) / 2, levels[-1] + (levels[-1] - levels[-2]) / 2
+
+    def levels(self, params: Params) -> list[float]:
+        """The values of the first group's grid in steps, ascending."""
+        import torch
+
+        first = {n: p.reshape(-1)[:1] for n, p in params.items()}
+        codes = torch.arange(2**self.config.bits, device=first["scale"].device).to(torch.uint8)
+        levels = (self.decode(codes, first) / self.step(first)).double().unique()
+        found: list[float] = levels[torch.isfinite(levels)].tolist()
+        return found
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -229,10 +249,19 @@ class Quantizer(ABC):
         """What `static_layout` lists, for inputs known to lie in a range, one for the tensor. Raises NonFinite."""
         return {n: p.reshape(1) for n, p in self.fit_range(known).items() if n in self.config.static_layout()}
 
-    def round_static(self, x: Tensor, params: Params) -> Tensor:
-        """Activations of any shape on the grid that `fit_static` gave, in their own dtype; what lies outside saturates. Schemes
-        whose groups stay dynamic say how."""
-        return self.decode(self.encode(x.float(), params), params).to(x.dtype)
+    def static_params(self, groups: Tensor, found: Params) -> Params:
+        """The parameters of groups `[rows, across, size]` of activations on the grid that `fit_static` found. Schemes whose
+        groups stay dynamic fit them here."""
+        return {n: p.reshape(1, 1, 1) for n, p in found.items()}
+
+    def round_static(self, x: Tensor, found: Params) -> Tensor:
+        """Activations `[..., features]` on the grid that `fit_static` found, in their own dtype; what lies outside saturates."""
+        if x.numel() == 0:
+            return x
+        matrix = x.reshape(-1, x.shape[-1]).float()
+        groups = self.groups(matrix)
+        rounded = self.nearest(groups, self.static_params(groups, found))
+        return self.ungroup(rounded, *matrix.shape).view(x.shape).to(x.dtype)
 
     def groups(self, x: Tensor) -> Tensor:
         """A matrix `[rows, columns]` as groups `[down, across, size]`; blocks at the edges are padded with zeros."""

@@ -216,7 +216,7 @@ def test_types_sharing_and_ties_are_seen() -> None:
     model = Toy()
     with pytest.raises(QuantplanError, match="QP118 'head' is tied to words"):
         quantize(model, {"default": {"wq": "int4"}})
-    with pytest.raises(QuantplanError, match="QP117"):
+    with pytest.raises(QuantplanError, match="QP118 'words' is tied to head"):
         quantize(model, {"default": {}, "overrides": [{"pattern": "words", "wq": "int4"}]})
     quantize(model, {"default": {"wq": "nvfp4"}, "overrides": [{"pattern": "head", "keep": True}]})
     assert type(model.words) is nn.Embedding and type(model.head) is nn.Linear

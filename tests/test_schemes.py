@@ -226,7 +226,7 @@ def non_finite_is_refused(config: SchemeConfig) -> None:
 
 
 def scales_are_positive(q: QuantizedTensor) -> bool:
-    scales = [p.float() for p in q.params.values() if p.dtype != torch.uint8]
+    scales = [p.float() for n, p in q.params.items() if p.dtype != torch.uint8 and n != "zero_point"]
     return all((s > 0).all() and s.isfinite().all() for s in scales)
 
 
@@ -506,7 +506,27 @@ def test_microscaling_follows_ocp(config: SchemeConfig) -> None:
     microscaling_follows_ocp(config)
 
 
-@pytest.mark.parametrize("config", [c for c in ALL if isinstance(c, floating.FloatConfig | nf4.NF4Config)], ids=label)
+FLOATS = [c for c in ALL if isinstance(c, floating.FloatConfig | nf4.NF4Config)]
+
+
+@pytest.mark.parametrize("config", [c for c in FLOATS if not c.symmetric_grid], ids=label)
+def test_a_moved_grid_covers_the_range_and_meets_one_of_its_ends(config: SchemeConfig) -> None:
+    quantizer = config.model_copy(update={"scale_dtype": "float32"}).quantizer()
+    groups = quantizer.groups(matrix().abs() + 0.1)
+    params = quantizer.fit(groups)
+    assert (params["zero_point"] == -6).all()
+    torch.testing.assert_close(params["scale"], groups.amax(-1, keepdim=True) / 12)
+    groups = quantizer.groups(matrix())
+    params = quantizer.fit(groups)
+    zero, scale = params["zero_point"].float(), params["scale"]
+    low, high = (-6 - zero) * scale, (6 - zero) * scale
+    assert (low <= groups + 1e-6 * scale).all() and (high >= groups - 1e-6 * scale).all()
+    some = groups.abs().amax(-1, keepdim=True) > 0
+    ends = torch.minimum((groups.amin(-1, keepdim=True) - low).abs(), (high - groups.amax(-1, keepdim=True)).abs())
+    assert (ends[some] < 1e-5 * scale[some]).all()
+
+
+@pytest.mark.parametrize("config", [c for c in FLOATS if c.symmetric_grid], ids=label)
 def test_floats_fill_their_range(config: SchemeConfig) -> None:
     floats_fill_their_range(config)
 

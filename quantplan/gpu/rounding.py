@@ -188,6 +188,8 @@ def refuse(scheme: SchemeConfig) -> str | None:
     """Why values are not rounded to a scheme's grid here, as part of a sentence; None when they are."""
     if scheme.name not in NAMES:
         return f"the arithmetic of {scheme.name} is not known"
+    if not scheme.symmetric_grid and not scheme.name.startswith("int"):
+        return f"the arithmetic of {scheme.name} with a zero point is not known"
     return "rounding is stochastic" if scheme.rounding != "nearest" else None
 
 

@@ -69,6 +69,8 @@ class Int4Pack(Kernel):
             return "it has no scales of 128x128 blocks"
         if _levels(job.wq) is None:
             return f"the levels of {job.wq.name} are not few integers"
+        if not job.wq.symmetric_grid and not job.wq.name.startswith("int"):
+            return f"{job.wq.name} with a zero point moves levels that are not evenly spaced"
         if _group(job) is None:
             return f"{job.wq.name} in groups of {job.wq.group or job.columns} columns does not fall into groups of 32"
         return "this torch lays 4-bit codes out in an unknown way" if _block() is None else None

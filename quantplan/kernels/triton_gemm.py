@@ -25,6 +25,8 @@ class Triton(Kernel):
             return refused
         if job.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"inputs are {str(job.dtype).removeprefix('torch.')}"
+        if not job.wq.symmetric_grid and not job.wq.name.startswith("int"):
+            return f"{job.wq.name} with a zero point moves levels that are not evenly spaced"
         return None
 
     def __init__(self, quantized: QuantizedTensor, job: Job, inputs: Params) -> None:

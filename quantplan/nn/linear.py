@@ -10,35 +10,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
-from quantplan.checkpoint.reader import TORCH_DTYPES
 from quantplan.engine.memory import return_memory
-from quantplan.errors import fail
-from quantplan.format import FORMATS
 from quantplan.kernel import Job, Kernel, serving
-from quantplan.models.modules import Matrix
+from quantplan.nn.stored import Device, StoredWeight
 from quantplan.numerics import pack_bits
 from quantplan.scheme import Params, SchemeConfig
 from quantplan.tensor import QuantizedTensor
 
-Device = torch.device | str | int | None
 
-
-class QuantLinear(nn.Module):
+class QuantLinear(StoredWeight):
     """`y = x W^T + b` with `W` on a scheme's grid, as wide as its codes in memory.
 
     Where a kernel serves the layer (`quantplan.kernel`), it computes with the codes, laid out as it wants them from the first
     batch on; otherwise, and where a gradient is asked for, the weight is dequantized for each batch.
-
-    Buffers are `weight_codes`, `weight_scale` and whatever else the native format stores for the scheme, so that the keys of
-    its state dict are the names in a native checkpoint. They keep the dtype they are stored in: `.half()`, `.to(dtype)` and
-    the like move the bias and `dtype` only, and never change what the weight is. `aq` rounds inputs to a grid whose ranges
-    are taken from the inputs themselves, or, where it is static, were found by calibration and stand in `input_scale` and the
-    like; its gradient passes straight through.
     """
 
-    bias: nn.Parameter | None
-    weight_codes: Tensor
-    weight_scale: Tensor
     _kernel: Kernel | None = None
     _served: torch.dtype | None = None  # inputs that `_kernel` was chosen for
 
@@ -55,19 +41,8 @@ class QuantLinear(nn.Module):
     ) -> None:
         """Uninitialised storage, as `nn.Linear` on the meta device has: for a state dict to be loaded into. `dtype`: of the
         bias and of `weight`. Raises QP114 when groups do not divide `in_features`."""
-        super().__init__()
+        super().__init__((out_features, in_features), wq, aq, bias, device, dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.wq, self.aq = wq, aq
-        self.dtype = dtype or torch.get_default_dtype()
-        for config in (wq, aq):
-            misfit = config.misfit(in_features) if config is not None else None
-            if misfit:
-                advice = f"groups of {', '.join(map(str, misfit[1]))} divide them" if misfit[1] else ""
-                raise fail("QP114", f"groups of {misfit[0]} do not divide {in_features} columns", advice)
-        for name, (stored, shape) in FORMATS.get("quantplan")().layout(self._matrix, wq, aq).items():
-            self.register_buffer(name[1:], torch.empty(shape, dtype=getattr(torch, TORCH_DTYPES[stored]), device=device))
-        empty = nn.Parameter(torch.empty(out_features, dtype=self.dtype, device=device)) if bias else None
-        self.register_parameter("bias", empty)
 
     @classmethod
     def from_linear(
@@ -104,34 +79,8 @@ class QuantLinear(nn.Module):
         rows, columns = quantized.shape
         dtype = dtype or (bias.dtype if bias is not None else None)
         made = cls(columns, rows, quantized.scheme, aq, bias=False, device="meta", dtype=dtype)
-        for name, tensor in FORMATS.get("quantplan")().encode(made._matrix, quantized, aq).items():
-            setattr(made, name[1:], tensor)
-        for name, tensor in FORMATS.get("quantplan")().encode_inputs(made._matrix, inputs or {}).items():
-            setattr(made, name[1:], tensor)
-        made.bias = bias
+        made.fill(quantized, bias, inputs)
         return made
-
-    @property
-    def _matrix(self) -> Matrix:
-        return Matrix("", "", self.out_features, self.in_features)
-
-    def quantized(self) -> QuantizedTensor:
-        """The weight as codes and parameters, `[out, in]`."""
-        return FORMATS.get("quantplan")().decode(self._matrix, self.wq, self.aq, lambda name: self._stored(name[1:]))
-
-    def inputs(self) -> Params:
-        """What was found for static activations; empty for dynamic ones."""
-        return FORMATS.get("quantplan")().decode_inputs(self._matrix, self.aq, lambda name: self._stored(name[1:]))
-
-    @torch.no_grad()
-    def dequantize(self) -> Tensor:
-        """The weight the layer computes with, float32 `[out, in]`."""
-        return self.wq.quantizer().dequantize(self.quantized())
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as an `nn.Linear` would hold it, in `dtype`: for code that looks at it. Computed at every access."""
-        return self.dequantize().to(self.dtype)
 
     def to_linear(self) -> nn.Linear:
         """An `nn.Linear` with the dequantized weight in `dtype` and this very bias; activations are not quantized there."""
@@ -148,7 +97,7 @@ class QuantLinear(nn.Module):
             self._choose(x.dtype)
         kernel = None if x.requires_grad and torch.is_grad_enabled() else self._kernel
         if self.aq is not None and (kernel is None or not kernel.rounds):
-            x = _StraightThrough.apply(x, self.aq, self.inputs())
+            x = self.rounded(x)
         stored = self._parameters["bias"]  # at a third of what `self.bias` costs: one token's product takes no longer
         bias = stored.to(x.dtype) if stored is not None else None
         if kernel is None:
@@ -206,42 +155,9 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         self._rest()
-        stored = {id(buffer) for buffer in self._buffers.values()}
-
-        def keep_stored_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) not in stored or moved.dtype == tensor.dtype:
-                return moved
-            return tensor.to(moved.device)
-
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
-        return super()._apply(keep_stored_dtype, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     def extra_repr(self) -> str:
         shown = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shown}, wq={_shown(self.wq)}" + (f", aq={_shown(self.aq)}" if self.aq is not None else "")
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Fake quantization of activations; rounding has no gradient of its own, so the output's is passed on."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, aq: SchemeConfig, inputs: Params) -> Tensor:
-        quantizer = aq.quantizer()
-        return quantizer.quantize_activation(x) if aq.dynamic else quantizer.round_static(x, inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0], None, None
-
-
-def _shown(scheme: SchemeConfig) -> str:
-    """`int4 group 64`, `fp8 e5m2 channel`, `int8 asymmetric group 32`."""
-    parts = [
-        scheme.name,
-        getattr(scheme, "format", ""),
-        "" if scheme.dynamic else "static",
-        "" if scheme.symmetric_grid else "asymmetric",
-        scheme.strategy,
-    ]
-    return " ".join([p for p in parts if p] + ([str(scheme.group)] if scheme.group else []))
+        return f"{shown}, {self._schemes()}"

@@ -167,6 +167,9 @@ class ObserverModule(nn.Module, Observer):
         return f"{self.config!r}, dtype={self.dtype}, qscheme={self.qscheme}"
 
 
+ObserverBase = ObserverModule  # torch.ao's name
+
+
 class MinMaxObserver(ObserverModule):
     """The least and the largest value ever seen."""
 

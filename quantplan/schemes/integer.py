@@ -106,13 +106,21 @@ class IntegerQuantizer(Quantizer):
     def with_step(self, params: Params, step: Tensor) -> Params:
         return params | {"scale": stored_step(step, self.config.scale_dtype, params["scale"])}
 
+    def with_zero_point(self, params: Params, zero_point: Tensor) -> Params:
+        zero = zero_point.round().clamp(0, 2**self.config.bits - 1)
+        return params | {"zero_point": zero.to(params["zero_point"].dtype)}
+
+    def reach(self, params: Params) -> tuple[Tensor | float, Tensor | float]:
+        zero = 2 ** (self.config.bits - 1) if self.config.symmetric else params["zero_point"].float()
+        return -0.5 - zero, 2**self.config.bits - 0.5 - zero
+
     def nearest(self, x: Tensor, params: Params) -> Tensor:
         if self.generator is not None or self.config.quotient_dtype != "float32":
             return super().nearest(x, params)
         step, half = params["scale"].float(), 2 ** (self.config.bits - 1)
         units = (x / step).round_()
         if self.config.symmetric:
-            return units.clamp_(-half, half - 1).mul_(step)
+            return units.clamp_(-half, half - 1).add_(0.0).mul_(step)  # codes have one zero: -0.0 becomes 0.0
         zero = params["zero_point"].float()
         return units.add_(zero).clamp_(0, 2 * half - 1).sub_(zero).mul_(step)
 

@@ -47,12 +47,10 @@ class NVFP4Quantizer(Quantizer):
         global_scale = torch.where(torch.isfinite(share), share, 1.0)
         return self.with_step({"global_scale": global_scale}, top * (shrink / E2M1.maximum))
 
-    def round_static(self, x: Tensor, params: Params) -> Tensor:
+    def static_params(self, groups: Tensor, found: Params) -> Params:
         from quantplan.numerics import E2M1
 
-        groups = x.float().unflatten(-1, (-1, self.config.group or x.shape[-1]))
-        found = self.with_step(params, largest_magnitude(groups) / E2M1.maximum)
-        return self.nearest(groups, found).flatten(-2).to(x.dtype)
+        return self.with_step(found, largest_magnitude(groups) / E2M1.maximum)
 
     def encode(self, x: Tensor, params: Params) -> Tensor:
         from quantplan.numerics import E2M1, encode_float
