@@ -215,6 +215,19 @@ def test_conversion_is_what_apply_writes_from_the_trained_weights(wq: Any, tmp_p
         assert torch.equal(reloaded(ids).logits, qat(ids).logits)
 
 
+def test_a_trained_embedding_saves_and_loads(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(zoo.build("llama", tmp_path / "model", torch.float32))
+    plan = {"default": {"wq": "int4"}, "overrides": [{"pattern": "model.embed_tokens", "wq": "int8"}]}
+    qat = prepare_qat(model, plan)
+    ids = torch.randint(100, (2, 12))
+    qat(input_ids=ids, labels=ids).loss.backward()
+    done = convert(qat.eval())
+    done.save_pretrained(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, done(ids).logits) and torch.equal(done(ids).logits, qat(ids).logits)
+
+
 def test_nan_is_laid_at_its_layer() -> None:
     qat = prepare_qat(net(), {"default": {"wq": "int8", "aq": "int8"}})
     with pytest.raises(QuantplanError, match='tensor "0": QP601'):
