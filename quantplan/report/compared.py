@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from quantplan.errors import fail, size
+from quantplan.evaluation.interval import margin
 from quantplan.report.charts import Bar, bar_chart, pareto, pareto_chart
 from quantplan.report.page import Cell, Column, Drawing, Facts, Figure, Heading, Section, Table, Text, number, render_page, signed
 
@@ -36,10 +37,10 @@ def comparison_page(data: Mapping[str, Any]) -> str:
             Section("Accuracy for its size", list(_accuracy(reference, others))),
             Section("Speed", list(_speed(models))),
             Section("Memory", list(_memory(models))),
-            Section("All figures", [_table(models)]),
+            Section("All figures", [_table(models, data.get("windows") or 0)]),
             Section("Measured on", [Facts([(str(name), str(value)) for name, value in machine.items() if value is not None])]),
         ],
-        footer="Made by quantplan compare. Latencies are medians; what follows ± is a standard error over windows of text.",
+        footer="Made by quantplan compare. Latencies are medians; ± is a 95 % confidence interval over windows of text.",
     )
 
 
@@ -138,7 +139,7 @@ def _memory(models: Sequence[Model]) -> Iterator[Heading | Drawing]:
     yield from _bars(models, "Peak", "The most it held while it was measured.", lambda m: m.get("peak_memory"), size)
 
 
-def _table(models: Sequence[Model]) -> Table:
+def _table(models: Sequence[Model], windows: int) -> Table:
     columns = [
         Column("model", False),
         Column("scheme", False),
@@ -158,21 +159,21 @@ def _table(models: Sequence[Model]) -> Table:
         Column("memory loaded"),
         Column("peak memory"),
     ]
-    rows = [_cells(m) for m in models]
+    rows = [_cells(m, windows) for m in models]
     measured = [i for i in range(len(columns)) if any(row[i].text for row in rows)]
     return Table("Models", [columns[i] for i in measured], [[row[i] for i in measured] for row in rows])
 
 
-def _cells(m: Model) -> list[Cell]:
+def _cells(m: Model, windows: int) -> list[Cell]:
     def bytes_cell(count: float | None) -> Cell:
         return Cell("") if count is None else Cell(size(count), count)
 
     def with_error(field: str, form: str, factor: float = 1, unit: str = "") -> Cell:
-        value, error = m.get(field), m.get(f"{field}_error")
+        value, half = m.get(field), margin(m.get(f"{field}_error"), windows)
         if value is None:
             return Cell("")
         shown = number(factor * value, form, unit)
-        return shown if error is None else Cell(f"{shown.text} ± {factor * error:.1g}{unit}", shown.value)
+        return Cell(f"{shown.text} ± {factor * half:{form}}{unit}", shown.value) if half else shown
 
     return [
         Cell(m["name"]),
