@@ -252,7 +252,7 @@ def _trainer(
     import transformers
 
     from quantplan.training.student import float_model, student_of
-    from quantplan.training.trainer import Budget, Distiller, Phases, Snapshots, Telling
+    from quantplan.training.trainer import Budget, Distiller, Snapshots, Telling
 
     transformers.utils.logging.disable_progress_bar()
     teacher = float_model(resolution.checkpoint.require_path(), trust_remote_code)
@@ -274,7 +274,7 @@ def _trainer(
         )
         tell(Step("training", said, int(share * PARTS), PARTS, metrics=logs))
 
-    callbacks = [budget, Phases(student, settings, budget), snapshots, Telling(budget, told, stopped)]
+    callbacks = [budget, snapshots, Telling(budget, told, stopped)]
     trainer = Distiller(
         student, teacher, settings, budget, args=args, train_dataset=learnt, eval_dataset=held, callbacks=callbacks
     )

@@ -41,6 +41,8 @@ class Distiller(Trainer):
     ) -> Any:
         """The mean over the positions of a batch, a scalar."""
         ids = inputs["input_ids"]
+        if model.training:
+            set_phase(self.student.model, self.settings, self.budget.share(self.state.global_step))
         logits = model(input_ids=ids).logits
         if self.settings.loss == "cross_entropy" and model.training:
             return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -136,28 +138,17 @@ class Budget(TrainerCallback, ExportableState):
         control.should_training_stop = control.should_training_stop or now >= 1
 
 
-class Phases(TrainerCallback):
-    """What is rounded, observed and frozen when, by shares of the budget (seed 003's recipes)."""
-
-    def __init__(self, student: Student, settings: Training, budget: Budget) -> None:
-        self.student, self.settings, self.budget = student, settings, budget
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Sets the phase of the step to come."""
-        self.set(self.budget.share(state.global_step))
-
-    def set(self, share: float) -> None:
-        """In place: the model as it trains at `share`."""
-        settings = self.settings
-        progressive = settings.recipe == "progressive"
-        observing = not progressive or share >= settings.float_share
-        rounding = not progressive or share >= settings.float_share + settings.observe_share
-        for module in self.student.model.modules():
-            if isinstance(module, FakeQuantizer):
-                module.enable_fake_quant(rounding)
-                module.enable_observer(observing and (share < settings.freeze_observers or settings.freeze_observers == 1))
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.track_running_stats = share < settings.freeze_batch_norm or settings.freeze_batch_norm == 1
+def set_phase(model: nn.Module, settings: Training, share: float) -> None:
+    """In place: what of a model in training is rounded, observed and frozen at a share of the budget (seed 003's recipes)."""
+    progressive = settings.recipe == "progressive"
+    observing = not progressive or share >= settings.float_share
+    rounding = not progressive or share >= settings.float_share + settings.observe_share
+    for module in model.modules():
+        if isinstance(module, FakeQuantizer):
+            module.enable_fake_quant(rounding)
+            module.enable_observer(observing and share < settings.freeze_observers)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(share < settings.freeze_batch_norm)
 
 
 class Snapshots(TrainerCallback, ExportableState):
