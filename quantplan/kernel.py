@@ -84,7 +84,8 @@ def refusals(job: Job) -> Iterator[tuple[str, str | None]]:
     allowed = _allowed()
     for kernel in ranked():
         left_out = allowed is not None and kernel.name not in allowed
-        yield kernel.name, f"{SETTING} leaves it out" if left_out else kernel.refuse(job)
+        refusal = "codes are wider than a byte" if job.wq.bits > 8 else kernel.refuse(job)
+        yield kernel.name, f"{SETTING} leaves it out" if left_out else refusal
 
 
 def _allowed() -> set[str] | None:

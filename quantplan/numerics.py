@@ -138,10 +138,12 @@ def packed_bytes(count: int, bits: int) -> int:
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Dense little-endian bit stream of each row: code `i` occupies bits `[i * bits, (i + 1) * bits)`.
 
-    `codes`: uint8 `[rows, count]`, all below `2 ** bits`. Returns uint8 `[rows, packed_bytes(count, bits)]`; each row is
-    padded with zeros to a 32-bit word. Equals compressed-tensors' `pack_to_int32` (0.18 and later) viewed as bytes.
+    `codes`: uint8 `[rows, count]`, all below `2 ** bits`; int32 for 16 bits. Returns uint8 `[rows, packed_bytes(count, bits)]`;
+    each row is padded with zeros to a 32-bit word. Equals compressed-tensors' `pack_to_int32` (0.18 and later) viewed as bytes.
     """
     rows, count = codes.shape
+    if bits == 16:
+        return pack_bits(codes.to(torch.uint16).view(torch.uint8), 8)
     at_once = max(1, PIECE // max(1, count))
     if rows > at_once:
         return torch.cat([pack_bits(part, bits) for part in codes.split(at_once)])
@@ -165,7 +167,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_bits`: uint8 `[rows, count]`."""
+    """The inverse of `pack_bits`: uint8 `[rows, count]`, int32 for 16 bits."""
+    if bits == 16:
+        return unpack_bits(packed, 8, 2 * count).view(torch.uint16).to(torch.int32)
     if bits == 8:
         return packed[:, :count].contiguous()
     rows, eights = packed.shape[0], -(-count // 8)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class QuantizedTensor:
     """A matrix on a scheme's grid.
 
-    Invariants: `codes` is uint8 `[rows, columns]`, every code below `2 ** scheme.bits`; each of `params` is in the dtype
-    it is stored in and has the shape `scheme.param_layout(rows, columns)` says; the matrix an engine computes with is
-    `scheme.quantizer().dequantize(self)` and nothing else.
+    Invariants: `codes` is uint8 `[rows, columns]` (int32 for 16 bits), every code below `2 ** scheme.bits`; each of `params`
+    is in the dtype it is stored in and has the shape `scheme.param_layout(rows, columns)` says; the matrix an engine computes
+    with is `scheme.quantizer().dequantize(self)` and nothing else.
     """
 
     codes: Tensor

@@ -51,7 +51,7 @@ ORDER = (
         "estimate",
     ),
     *("explain", "live", "calibration", "engine", "gpu", "kernel", "kernels", "nn", "hf", "evaluation", "training"),
-    *("comparison", "inspection", "report", "cli", "__main__"),
+    *("comparison", "ptq", "inspection", "report", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}
 LEAVES = ("schemes", "observers", "algorithms", "transforms", "formats", "kernels")

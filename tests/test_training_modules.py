@@ -15,7 +15,7 @@ from test_nn import VARIANTS, named, scheme
 from torch import nn
 from torch.nn import functional
 
-from quantplan import FakeQuantizedLinear, QuantLinear, apply, convert, fake_quantize, prepare_qat, quantize
+from quantplan import FakeQuantizedLinear, QuantLinear, QuantplanError, apply, convert, fake_quantize, prepare_qat, quantize
 from quantplan.nn.fake_quantize import fake_quantize_static
 from quantplan.observer import OBSERVERS
 from quantplan.scheme import SCHEMES
@@ -213,3 +213,90 @@ def test_conversion_is_what_apply_writes_from_the_trained_weights(wq: Any, tmp_p
     ids = torch.randint(100, (2, 12))
     with torch.no_grad():
         assert torch.equal(reloaded(ids).logits, qat(ids).logits)
+
+
+def test_a_trained_embedding_saves_and_loads(tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(zoo.build("llama", tmp_path / "model", torch.float32))
+    plan = {"default": {"wq": "int4"}, "overrides": [{"pattern": "model.embed_tokens", "wq": "int8"}]}
+    qat = prepare_qat(model, plan)
+    ids = torch.randint(100, (2, 12))
+    qat(input_ids=ids, labels=ids).loss.backward()
+    done = convert(qat.eval())
+    done.save_pretrained(tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, done(ids).logits) and torch.equal(done(ids).logits, qat(ids).logits)
+
+
+def test_nan_is_laid_at_its_layer() -> None:
+    qat = prepare_qat(net(), {"default": {"wq": "int8", "aq": "int8"}})
+    with pytest.raises(QuantplanError, match='tensor "0": QP601'):
+        qat(torch.full((2, 192), torch.nan))
+    with torch.no_grad():
+        qat[2].weight[0, 0] = torch.inf
+    for broken in (lambda: qat(torch.zeros(2, 192)), lambda: convert(qat)):
+        with pytest.raises(QuantplanError, match='tensor "2": QP601'):
+            broken()
+
+
+@pytest.mark.parametrize("wq", ["int4", {"scheme": "int4", "symmetric": False}])
+def test_a_float_checkpoint_goes_into_a_model_with_learned_steps(wq: Any) -> None:
+    model = net()
+    qat = prepare_qat(model, {"default": {"wq": wq}, "overrides": [{"pattern": "4", "keep": True}]}, learnable=True)
+    assert "0.weight_fake_quant.step" in qat.state_dict()
+    qat.load_state_dict(model.state_dict())
+    other = prepare_qat(model, {"default": {"wq": wq}, "overrides": [{"pattern": "4", "keep": True}]}, learnable=True)
+    with torch.no_grad():
+        qat[0].weight_fake_quant.step.mul_(1.1)
+    other.load_state_dict(qat.state_dict())
+    assert torch.equal(other[0].weight_fake_quant.step, qat[0].weight_fake_quant.step)
+    state = model.state_dict()
+    state.pop("0.weight")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        qat.load_state_dict(state)
+
+
+def test_dtypes_and_autocast() -> None:
+    plan = {"default": {"wq": "int8", "aq": "int8"}}
+    qat = prepare_qat(net().bfloat16(), plan).eval()
+    x = torch.randn(4, 192, dtype=torch.bfloat16)
+    done = convert(qat)
+    assert qat(x).dtype == torch.bfloat16 and torch.equal(qat(x), done(x))
+    qat = prepare_qat(net(), plan).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = qat(x.float())
+        assert y.dtype == torch.bfloat16 and torch.equal(y, convert(qat)(x.float()))
+    y.float().sum().backward()
+    assert qat[0].weight.grad is not None and qat[0].weight.grad.dtype == torch.float32
+
+
+def test_fused_siblings_share_their_tensor_scale_in_training_too() -> None:
+    model = nn.ModuleDict({n: nn.Linear(64, 64, bias=False) for n in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    with torch.no_grad():
+        model["k_proj"].weight *= 10
+    plan = {"default": {"wq": "nvfp4"}}
+    qat = prepare_qat(model, plan)
+    x = torch.randn(3, 64)
+    done = convert(qat)
+    scales = {n: float(done[n].weight_global_scale) for n in model}
+    assert scales["q_proj"] == scales["k_proj"] == scales["v_proj"] != scales["o_proj"]
+    for name in model:
+        assert torch.equal(qat[name](x), done[name](x))
+    copied = copy.deepcopy(qat)
+    assert all(copied["q_proj"] in copied[n].weight_fake_quant.fused for n in ("q_proj", "k_proj", "v_proj"))
+
+
+def test_data_algorithms_give_way_and_others_are_asked() -> None:
+    searched = {
+        "default": {"wq": "int4", "algorithm": {"name": "rtn", "search": "mse"}},
+        "overrides": [{"pattern": "4", "keep": True}],
+    }
+    model = net()
+    qat = prepare_qat(model, searched).eval()
+    x = torch.randn(4, 192)
+    applied = quantize(copy.deepcopy(model), searched)
+    assert torch.equal(qat(x), applied(x)) and torch.equal(convert(qat)(x), applied(x))
+    plain = {**searched, "default": {"wq": "int4"}}
+    assert not torch.equal(prepare_qat(model, plain).eval()(x), qat(x))
+    by_data = prepare_qat(model, {**searched, "default": {"wq": "int4", "algorithm": "gptq"}}).eval()
+    assert torch.equal(by_data(x), prepare_qat(model, plain).eval()(x))

@@ -112,6 +112,16 @@ def test_ste_round_rounds_and_passes_gradients() -> None:
     assert y.tolist() == [0, 1, 2, -1] and x.grad is not None and (x.grad == 1).all()
 
 
+def test_asymmetric_fp4_by_hand() -> None:
+    x = torch.linspace(0, 12, 50)
+    y = qp.quantize_to_fp4_asymmetric(x, 1.0, -6)
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    grid = torch.cat([-grid, grid]).unique() + 6
+    expected = grid[(x.unsqueeze(1) - grid).abs().argmin(1)]
+    off = (y - expected).abs() > 0
+    assert ((x - y).abs()[off] == (x - expected).abs()[off]).all() and y[0] == 0  # but for ties the nearest
+
+
 @pytest.mark.parametrize("name", SCHEMES.names())
 @pytest.mark.parametrize("learnable", [False, True])
 def test_stub_of_any_scheme(name: str, learnable: bool) -> None:
@@ -346,6 +356,10 @@ def test_a_conv_net_goes_through_fusion_training_and_conversion() -> None:
     done = qp.convert(qat)
     assert isinstance(done.conv[0], qp.QuantConv) and isinstance(done.fc, qp.QuantLinear)
     assert done.deep.wq.strategy == "channel" and done.deep.wq.bits == 8
+    seen: list[torch.Tensor] = []
+    done.skip.register_forward_hook(lambda module, args, output: seen.append(output))
+    done(x)
+    assert len(seen[0].unique()) <= 128  # the sum is on one grid, of 7 bits
     with torch.no_grad():
         assert torch.equal(done(x), qat(x))
     assert accuracy(done) >= float_accuracy - 0.01
@@ -463,6 +477,15 @@ def test_dynamic_quantization(dtype: torch.dtype) -> None:
         assert torch.equal(copied(torch.ones(1, 2, 16)), done(torch.ones(1, 2, 16)))
     with pytest.raises(QuantplanError, match="QP105"):
         qp.quantize_dynamic(model, dtype=torch.int16)
+
+
+def test_fake_quantization_in_two_lines() -> None:
+    model = nn.Sequential(nn.Linear(20, 6), nn.ReLU(), nn.Linear(6, 3))
+    fake = qp.apply_fake_quant_to_model(model, bits=4)
+    assert isinstance(fake[0], qp.FakeQuantizeLinear) and fake[2].weight_fake_quant.scheme.name == "int4"
+    integers, scale = qp.symmetric_quantize(model[0].weight.detach(), bits=8)
+    assert integers.dtype == torch.int8 and integers.shape == (6, 20)
+    assert ((integers * scale) - model[0].weight.detach()).abs().max() <= scale / 2 * 1.001
 
 
 # --- seed 004
@@ -601,6 +624,44 @@ def test_plans_with_learned_steps(wq: Any) -> None:
     qat.eval()
     x = batches(width=64)[0]
     assert torch.equal(qp.convert(qat)(x), qat(x))
+
+
+def test_custom_modules_and_lists_of_prepare() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+    class Observed(Own):
+        @classmethod
+        def from_float(cls, own: Own) -> Observed:
+            made = cls()
+            made.fc = own.fc
+            return made
+
+    class Done(Own):
+        @classmethod
+        def from_observed(cls, observed: Observed) -> Done:
+            return cls()
+
+    model = nn.Sequential(nn.Linear(4, 4), Own(), nn.Sequential(nn.ReLU()))
+    model.qconfig = qp.default_qconfig  # type: ignore[assignment]
+    own = {"float_to_observed_custom_module_class": {Own: Observed}}
+    prepared = qp.prepare(model, observer_non_leaf_module_list=[Observed], prepare_custom_config_dict=own)
+    prepared(torch.randn(3, 4))
+    assert (
+        type(prepared[1]) is Observed
+        and prepared[1].activation_post_process.max_val > prepared[1].activation_post_process.min_val
+    )
+    done = qp.convert(prepared, convert_custom_config_dict={"observed_to_quantized_custom_module_class": {Observed: Done}})
+    assert type(done[1]) is Done and isinstance(done[0], qp.QuantLinear)
+    both = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(4, 4))
+    both.qconfig = qp.default_qconfig  # type: ignore[assignment]
+    some = qp.prepare(both, allow_list={nn.Conv1d})
+    assert isinstance(some[0], qp.FakeQuantizedConv1d) and type(some[1]) is nn.Linear
 
 
 # --- seed 003: debugging

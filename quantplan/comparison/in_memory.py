@@ -71,7 +71,7 @@ class QuantizationComparison:
         Raises QuantplanError: no batches, or a metric without targets (QP130); outputs that are not finite, or of another shape
         than the original's (QP601, QP131).
         """
-        batches = [_batch(item, device) for item in test_loader]
+        batches = [as_batch(item, device) for item in test_loader]
         if not batches:
             raise fail("QP130", "the loader has no batches", "give one with at least one batch")
         if metric is not None and any(targets is None for _, targets in batches):
@@ -79,7 +79,7 @@ class QuantizationComparison:
         expected: list[Tensor] = []
         found = {}
         for name, model in self.models.items():
-            outputs, figures = _measure(name, model.to(device), batches, device, metric, expected)
+            outputs, figures = measure(name, model.to(device), batches, device, metric, expected)
             expected = expected or outputs
             found[name] = asdict(figures)
         self.results = found
@@ -116,7 +116,7 @@ class QuantizationComparison:
         return self.results
 
 
-def _batch(item: Any, device: str) -> tuple[Any, Any]:
+def as_batch(item: Any, device: str) -> tuple[Any, Any]:
     """Inputs (a tuple of arguments, or a mapping) on `device`, and targets or None."""
     if isinstance(item, Mapping):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in item.items()}, item.get("labels")
@@ -126,7 +126,7 @@ def _batch(item: Any, device: str) -> tuple[Any, Any]:
     return tuple(x.to(device) for x in inputs), placed
 
 
-def _measure(
+def measure(
     name: str, model: nn.Module, batches: list[tuple[Any, Any]], device: str, metric: Metric | None, expected: list[Tensor]
 ) -> tuple[list[Tensor], ModuleFigures]:
     """The outputs of one model on every batch, and its figures; `expected`: the original's outputs, none for itself."""
@@ -134,7 +134,7 @@ def _measure(
     outputs: list[Tensor] = []
 
     def run(inputs: Any) -> Tensor:
-        return _tensor(model(**inputs) if isinstance(inputs, dict) else model(*inputs))
+        return _tensor(call(model, inputs))
 
     model.eval()
     try:
@@ -150,7 +150,7 @@ def _measure(
     times, samples = spread(seconds), [_samples(inputs) for inputs, _ in batches]
     scores = [metric(y, targets) for y, (_, targets) in zip(outputs, batches, strict=True)] if metric else []
     return outputs, ModuleFigures(
-        size_mb=_size(model) / MB,
+        size_mb=stored_bytes(model) / MB,
         latency_ms=times.median_ms,
         latency_p10_ms=times.p10_ms,
         latency_p90_ms=times.p90_ms,
@@ -159,6 +159,11 @@ def _measure(
         accuracy=sum(float(s) * n for s, n in zip(scores, samples, strict=True)) / sum(samples) if scores else None,
         mse=_mse(name, outputs, expected) if expected else None,
     )
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """What the model gives for inputs as `as_batch` makes them."""
+    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
 def _tensor(output: Any) -> Tensor:
@@ -172,8 +177,9 @@ def _samples(inputs: Any) -> int:
     return len(next(x for x in (inputs.values() if isinstance(inputs, dict) else inputs) if isinstance(x, Tensor)))
 
 
-def _size(model: nn.Module) -> int:
+def stored_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers; what two names share counts once."""
+    model.state_dict(keep_vars=True)  # kernels that hold a layer's codes give them back
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
     return sum(storages.values())
 

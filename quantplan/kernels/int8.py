@@ -92,43 +92,47 @@ class Int8MM(_SignedRows):
         self.quantizer = job.aq.quantizer()
         # as `quantize` would, in a third of its steps: with few tokens these take longer than the product
         self.plain = job.aq.symmetric_grid and job.aq.rounding == "nearest" and getattr(job.aq, "quotient_dtype", "") == "float32"
+        self.half, self.axes = 2 ** (job.aq.bits - 1), (0, 1) if job.aq.strategy == "tensor" else (-1,)
+        self.share = 1 / getattr(job.aq, "divisor", 1.0)  # of integers, for which `plain` is set
+        self.stored: torch.dtype = getattr(torch, getattr(job.aq, "scale_dtype", None) or "bfloat16")
         self.scale = self.scale.contiguous()
+        # static ranges have one step, known before the inputs are
+        self.known = None if job.aq.dynamic else self.quantizer.step(self.inputs)
+        self.outputs = self.scale if self.known is None else self.known * self.scale
+        self.transposed = self.weight.t()
         # codes of 8 bits that stand for code - zero point are multiplied as code - 128: a sum of the row makes up for it
         self.sums = self.weight.sum(1, dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> Tensor:
         if not len(x):
             return x.new_empty(0, len(self.weight))
+        step = self.known
         if self.plain:
-            step = self._step(x)
-            half = 2 ** (self.aq.bits - 1)
-            y = _int_mm((x / step).round_().clamp_(-half, half - 1).to(torch.int8), self.weight)
+            step = self._step(x) if step is None else step
+            y = _int_mm((x / step).round_().clamp_(-self.half, self.half - 1).to(torch.int8), self.transposed)
         else:
             q = self.quantizer.quantize(x) if self.aq.dynamic else None
             params = self.inputs if q is None else dict(q.params)
             codes = self.quantizer.encode(x.float(), params) if q is None else q.codes
             step = self.quantizer.step(params)
-            y = _int_mm((codes - MIDDLE).view(torch.int8), self.weight)
-            zero = params["zero_point"].int() if "zero_point" in params else 2 ** (self.aq.bits - 1)
+            y = _int_mm((codes - MIDDLE).view(torch.int8), self.transposed)
+            zero = params["zero_point"].int() if "zero_point" in params else self.half
             y += self.sums * (MIDDLE - zero)
-        return y.float().mul_(step).mul_(self.scale).to(x.dtype)
+        if self.known is not None:
+            return (y * self.outputs).to(x.dtype)
+        return y.float().mul_(step).mul_(self.outputs).to(x.dtype)
 
     def _step(self, x: Tensor) -> Tensor:
         """The step of every token `[tokens, 1]`, or of all, float32. Zero tokens get the smallest, and codes of zero."""
-        if not self.aq.dynamic:
-            return self.quantizer.step(self.inputs)
-        axes = (0, 1) if self.aq.strategy == "tensor" else (-1,)
-        top = x.abs().amax(axes, keepdim=True).float()
-        divisor, dtype = getattr(self.aq, "divisor"), getattr(self.aq, "scale_dtype") or "bfloat16"  # noqa: B009
-        return round_through(top.mul_(1 / divisor), getattr(torch, dtype)).float()
+        return round_through(x.abs().amax(self.axes, keepdim=True).float().mul_(self.share), self.stored).float()
 
 
-def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight^T`, int32; cuda's operation takes 17 rows or more."""
+def _int_mm(x: Tensor, transposed: Tensor) -> Tensor:
+    """`x transposed`, int32; cuda's operation takes 17 rows or more."""
     missing = 17 - len(x) if x.is_cuda else 0
     if missing > 0:
-        return torch._int_mm(functional.pad(x, (0, 0, 0, missing)), weight.t())[: len(x)]
-    return torch._int_mm(x, weight.t())
+        return torch._int_mm(functional.pad(x, (0, 0, 0, missing)), transposed)[: len(x)]
+    return torch._int_mm(x, transposed)
 
 
 def _is_integer(scheme: SchemeConfig) -> bool:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
+from quantplan.errors import fail
 from quantplan.nn.fake_quantize import fake_quantize, widened, with_learned
 from quantplan.observer import Observer
-from quantplan.scheme import Params, Quantizer, SchemeConfig, largest_magnitude
+from quantplan.scheme import NonFinite, Params, Quantizer, SchemeConfig, largest_magnitude
 from quantplan.tensor import QuantizedTensor
 
 
@@ -30,6 +32,7 @@ class FakeQuantizer(nn.Module):
         super().__init__()
         self.scheme, self.observer, self.name = scheme, observer, name
         self.enabled = self.fake_quant_enabled = self.observer_enabled = True
+        self.place = ""  # the layer's name, for what is raised
         self.use_grad_scaling, self.highest = True, 1.0  # `highest`: the highest level, in steps
         self.register_parameter("step", None)
         self.register_parameter("zero", None)
@@ -41,8 +44,8 @@ class FakeQuantizer(nn.Module):
         return self._quantizer if self.training else self.scheme.quantizer(self.name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., columns]` on the grid, in its own dtype. Raises NonFinite; QuantplanError QP603 where a range is to be used and
-        nothing was seen."""
+        """`[..., columns]` on the grid, in its own dtype. Raises NonFinite, or QuantplanError QP601 naming the layer; QP603 where
+        a range is to be used and nothing was seen."""
         if not self.enabled:
             return x
         if self.observer is not None and self.observes:
@@ -75,8 +78,26 @@ class FakeQuantizer(nn.Module):
     def observe(self, x: Tensor) -> None:
         """Shows a tensor to the observer."""
         assert self.observer is not None
-        self.observer.update(x)
+        with self._named():
+            self.observer.update(x)
         self._found = None
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says which layer NaN or infinity came to, where that is known."""
+        try:
+            yield
+        except NonFinite:
+            if not self.place:
+                raise
+            advice = "if training diverged: a smaller learning rate, or clipped gradients"
+            raise fail("QP601", "NaN or infinity in what is rounded", advice, tensor=self.place) from None
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *rest: Any) -> None:
+        """A float model's checkpoint has no learned steps: they stay as they are."""
+        learned = {f"{prefix}step", f"{prefix}zero"} - state_dict.keys()
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing[:] = [name for name in missing if name not in learned]
 
     def load_range(self, state: Mapping[str, Tensor]) -> None:
         """Replaces what the observer saw. Raises as `Observer.load_state`."""
@@ -87,7 +108,8 @@ class FakeQuantizer(nn.Module):
     def round(self, x: Tensor, absmax: Tensor | None = None) -> Tensor:
         """`[..., columns]` on the grid. `absmax`: see `Quantizer.fit`."""
         quantizer = self.quantizer()
-        params = self.params(x, quantizer, absmax)
+        with self._named():
+            params = self.params(x, quantizer, absmax)
         step, zero = self.learning()
         scale = self.gradient_scale(x.numel()) if step is not None else 1.0
         return fake_quantize(x, quantizer, params, step=step, zero_point=zero, gradient_scale=scale)
@@ -204,4 +226,5 @@ class WeightFakeQuantizer(FakeQuantizer):
         if self.step is not None:
             return super().solve(weight, absmax)
         matrix = weight.detach().reshape(weight.shape[0], -1).float().contiguous()
-        return self.algorithm.solve(matrix, self.scheme.quantizer(self.name), absmax)
+        with self._named():
+            return self.algorithm.solve(matrix, self.scheme.quantizer(self.name), absmax)

@@ -103,7 +103,7 @@ def update_bn_stats(module: nn.Module) -> None:
 
 def fuse_modules(model: nn.Module, modules_to_fuse: Sequence[str] | Sequence[Sequence[str]], inplace: bool = False) -> nn.Module:
     """A copy of `model` (with `inplace`, itself) with these modules fused, each list of names in the order they are called; the
-    first name holds what they became, the others an identity.
+    first name holds what they became, the others an identity. What is fused already stays.
 
     A BatchNorm in evaluation is folded into the layer before it; one in training stays beside it, for `prepare_qat`. Raises
     QuantplanError QP105 for a list that is none of `PATTERNS`, or names what is not there.
@@ -127,6 +127,8 @@ def _fuse(model: nn.Module, names: list[str]) -> None:
         found = [model.get_submodule(name) for name in names]
     except AttributeError as error:
         raise fail("QP105", f"cannot fuse {', '.join(names)}: {error}") from None
+    if len(found) > 1 and all(type(module) is nn.Identity for module in found[1:]):
+        return  # fused before
     if not any(len(p) == len(found) and all(isinstance(m, k) for m, k in zip(found, p, strict=True)) for p in PATTERNS):
         kinds = ", ".join(type(m).__name__ for m in found)
         raise fail("QP105", f"{', '.join(names)} are {kinds}, which is no pattern", "a layer, BatchNorm and ReLU, in this order")

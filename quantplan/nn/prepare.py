@@ -16,6 +16,7 @@ from quantplan.errors import fail
 from quantplan.headers import TensorInfo
 from quantplan.models.modules import Matrix, Module, scale_group
 from quantplan.nn.affine import FakeQuantize
+from quantplan.nn.embedding import QuantEmbedding
 from quantplan.nn.fake_quantized import FAKE_QUANTIZED, FakeQuantized, fake_quantized
 from quantplan.nn.fake_quantizer import FakeQuantizer, WeightFakeQuantizer
 from quantplan.nn.fusion import FakeQuantizedBatchNorm, LayerBatchNorm
@@ -117,7 +118,9 @@ def convert(
         if isinstance(part, FloatFunctional) and part.output_fake_quant is not None:
             part.output_fake_quant.enable_fake_quant()
             part.output_fake_quant.disable_observer()
-    note_quantization(model, [_assignment(n, made) for n, made in converted.items() if isinstance(made, QuantLinear)])
+    note_quantization(
+        model, [_assignment(n, made) for n, made in converted.items() if isinstance(made, QuantLinear | QuantEmbedding)]
+    )
     return model
 
 
@@ -222,6 +225,8 @@ def _of_assignment(layer: nn.Module, assignment: Assignment) -> Any:
     inputs = None
     if assignment.aq is not None:
         inputs = FakeQuantizer(assignment.aq, assignment.observer.observer() if assignment.observer is not None else None)
+        inputs.place = assignment.name
+    weight.place = assignment.name
     return fake_quantized(layer, weight, inputs)
 
 
@@ -238,8 +243,8 @@ def _swap(model: nn.Module, mapping: Mapping[type, Any], method: str) -> None:
             _replace(found, module, getattr(mapping[type(module)], method)(module))
 
 
-def _assignment(name: str, layer: QuantLinear) -> Assignment:
+def _assignment(name: str, layer: QuantLinear | QuantEmbedding) -> Assignment:
     """What a quantized layer was told."""
-    rows, columns = layer.out_features, layer.in_features
+    rows, columns = layer.quantized().shape
     module = Module(name, TensorInfo(f"{name}.weight", "U8", (rows, columns)), "linear", (Matrix(name, name, rows, columns),))
     return Assignment(module, layer.wq, layer.aq, ALGORITHMS.get("rtn")(), {})

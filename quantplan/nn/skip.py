@@ -14,7 +14,9 @@ class FloatFunctional(nn.Module):
     """Operations that are no modules. Both branches come as floats that lie on their own grids; the sum is computed in floating
     point and rounded to one grid, by `output_fake_quant`, which `prepare` and `prepare_qat` put in."""
 
-    output_fake_quant: FakeQuantizer | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_fake_quant: FakeQuantizer | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` rounded as results are."""

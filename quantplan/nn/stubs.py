@@ -183,8 +183,8 @@ def quantize_to_fp4_asymmetric(x: Tensor, scale: Tensor | float, zero_point: Ten
     """`x` on the grid of fp4 values less `zero_point`, times `scale`, as floats (seed 000); the zero point is the nearest whole
     number that fp4 holds."""
     quantizer = static_scheme({"scheme": "fp4", "symmetric": False}).quantizer()
-    held = {"scale": torch.as_tensor(scale).float().reshape(1, 1), "zero_point": torch.zeros(1, 1, dtype=torch.int8)}
-    return fake_quantize(x, quantizer, quantizer.with_zero_point(held, torch.as_tensor(zero_point).float().reshape(1, 1)))
+    step, zero = (torch.as_tensor(v, dtype=torch.float32, device=x.device).reshape(1, 1) for v in (scale, zero_point))
+    return fake_quantize(x, quantizer, quantizer.with_zero_point({"scale": step, "zero_point": zero.to(torch.int8)}, zero))
 
 
 def static_scheme(scheme: SchemeLike) -> SchemeConfig:

@@ -3,7 +3,7 @@
 python inference.py SYSTEM MODEL --threads 2 --prompt 128 --tokens 32 --rounds 3
 
 SYSTEM: `float32`, `bfloat16`, or of a peer `torchao-int4`, `torchao-w8a8`, `quanto-int4`, `quanto-w8a8`; MODEL is a float
-checkpoint. `quantplan-float32`, `quantplan-bfloat16`: MODEL is an output of `quantplan apply`.
+checkpoint, whose output head stays as it is. `quantplan-float32`, `quantplan-bfloat16`: MODEL is an output of `quantplan apply`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def open_model():
     if name == "torchao":
         from torchao.quantization import quantize_
 
-        quantize_(model, torchao_config(scheme))
+        quantize_(model, torchao_config(scheme), lambda m, name: isinstance(m, torch.nn.Linear) and name != "lm_head")
     elif name == "quanto":
         from optimum import quanto
 
@@ -53,14 +53,9 @@ def torchao_config(scheme):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
         return Int8DynamicActivationInt8WeightConfig()
-    try:
-        from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig  # the one with an operation for CPUs
 
-        return Int4WeightOnlyOpaqueTensorConfig(group_size=64)
-    except ImportError:
-        from torchao.quantization import Int4WeightOnlyConfig
-
-        return Int4WeightOnlyConfig(group_size=64, int4_packing_format="opaque")
+    return PrototypeInt4WeightOnlyConfig(group_size=64)
 
 
 def memory(key):
