@@ -18,7 +18,8 @@ from test_nn import VARIANTS, named, scheme
 from transformers import AutoModelForCausalLM
 from worded import make_model
 
-from quantplan import apply, cli, evaluate, verify
+from quantplan import apply, cli, evaluate
+from quantplan.engine.verify import verify
 from quantplan.errors import QuantplanError
 from quantplan.training import train as training
 from quantplan.training.divergence import kl_divergence
@@ -30,9 +31,10 @@ from quantplan.training.trainer import learning_rate, set_phase
 INT3: dict[str, Any] = {"default": {"wq": {"scheme": "int3", "group_size": 16}}, "output": {"format": "quantplan"}}
 PLANS: dict[str, dict[str, Any]] = {
     "int3": INT3,
-    "int2 asymmetric": {"default": {"wq": {"scheme": "int2", "group_size": 16, "symmetric": False}}},
-    "nvfp4 W4A4": {"default": {"wq": "nvfp4", "aq": "nvfp4"}},
-    "mxfp4": {"default": {"wq": "mxfp4"}},
+    "int2 asymmetric": {**INT3, "default": {"wq": {"scheme": "int2", "group_size": 16, "symmetric": False}}},
+    "nvfp4 W4A4": {**INT3, "default": {"wq": "nvfp4", "aq": "nvfp4"}},
+    "mxfp4": {**INT3, "default": {"wq": "mxfp4"}},
+    "int4 compressed-tensors": {"default": {"wq": {"scheme": "int4", "group_size": 16}}},
     "fp8 static": {
         "default": {"wq": "fp8", "aq": {"scheme": "fp8", "dynamic": False}},
         "calibration": {"source": "DATA", "samples": 8},

@@ -99,21 +99,9 @@ class StartedRange(FakeQuantizer):
 
 @torch.no_grad()
 def inside(weight: Tensor, start: QuantizedTensor) -> Tensor:
-    """The weights nearest to `weight`, float32 `[rows, columns]`, that round to the codes of `start`: a value on another code's
-    side of the line between two levels is put just on this side of it. What still rounds to another code, for float32 has only so
-    many numbers, takes its code's own value."""
+    """`weight`, float32 `[rows, columns]`, where it rounds to the codes of `start`, and what these stand for elsewhere: an algorithm
+    chose another code than the nearest there for a reason, which a weight at the edge of the code's cell would soon forget."""
     quantizer = start.scheme.quantizer()
     params = widened(dict(start.params), quantizer)
     groups, values = quantizer.groups(weight.float()), quantizer.decode(quantizer.groups(start.codes), params)
-    rounded = quantizer.nearest(groups, params)
-    near, far = torch.full_like(groups, 0.0), torch.ones_like(groups)  # shares of the way from the value to the weight
-    wrong = rounded != values
-    found = groups
-    for _ in range(12 if bool(wrong.any()) else 0):  # halving: grids differ in where they put the line
-        middle = (near + far) / 2
-        ahead = torch.lerp(values, groups, middle)
-        same = quantizer.nearest(ahead, params) == values
-        near, far = torch.where(same, middle, near), torch.where(same, far, middle)
-    found = torch.where(wrong, torch.lerp(values, groups, near), groups)
-    found = torch.where(quantizer.nearest(found, params) == values, found, values)
-    return quantizer.ungroup(found, *weight.shape)
+    return quantizer.ungroup(torch.where(quantizer.nearest(groups, params) == values, groups, values), *weight.shape)

@@ -225,12 +225,14 @@ def read_data(
 def _open(folder: Path, run: Mapping[str, Any], resume: bool, restart: bool) -> None:
     """The folder of this training: a new one, or that of an interrupted one. Raises QP502."""
     path, text = folder / RUN, json_bytes(json.loads(json.dumps(run)))
-    if restart and not resume:
+    other = path.exists() and path.read_bytes() != text
+    begun = any(folder.glob("checkpoint-*"))
+    if (restart and not resume) or (other and not begun):
         durable.remove(folder)
-    if path.exists() and not resume:
+    elif begun and not resume:
         advice = "go on with --resume, or begin anew with --restart"
         raise fail("QP502", "an interrupted training of this output is there", advice, file=str(folder))
-    if path.exists() and path.read_bytes() != text:
+    elif other:
         text_of = "the interrupted training had another plan, source, data or settings"
         raise fail("QP502", text_of, "repeat its command, or begin anew with --restart", file=str(folder))
     with durable.named_errors(folder):
@@ -282,18 +284,25 @@ def _trainer(
 
 
 def _run(trainer: Distiller, snapshots: Snapshots, folder: Path, start: Any, settings: Training) -> bool:
-    """Trains; whether it came to its end."""
+    """Trains; whether it came to its end, be it that weights are no numbers any more."""
+    import torch
     from transformers.trainer_utils import get_last_checkpoint
 
     checkpoint = get_last_checkpoint(str(folder))
     if checkpoint is None:
+        model = trainer.student.model
         if settings.from_float:  # what is trained is not yet the start
             from quantplan.hf.load import load
 
-            snapshots.begin(trainer.judge(load(start.reader.folder, dtype=trainer.teacher.dtype).eval().to(trainer.args.device)))
-        else:
-            snapshots.begin(trainer.evaluate()["eval_loss"])
-    trainer.train(resume_from_checkpoint=checkpoint)
+            model = load(start.reader.folder, dtype=torch.float32).to(trainer.args.device)
+        snapshots.begin(trainer.judge(model.eval()))
+        trainer.log({"eval_loss": snapshots.start})
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except QuantplanError as error:
+        if error.problems[0].code != "QP601":  # NaN: training diverged, and what is best is known
+            raise
+        return True
     return trainer.budget.share(trainer.state.global_step) >= 1
 
 

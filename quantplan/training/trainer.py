@@ -57,7 +57,8 @@ class Distiller(Trainer):
 
     @torch.no_grad()
     def judge(self, model: Any) -> float:
-        """The mean KL of the held-out sequences, of another model in evaluation."""
+        """The mean KL of the held-out sequences, of a model in evaluation. Before training, `evaluate` would not do: accelerate takes
+        a model it has seen then for one that needs no wrapping for several processes."""
         rows: Any = self.eval_dataset
         sums = 0.0
         for at in range(0, len(rows), self.args.per_device_eval_batch_size):
@@ -68,6 +69,9 @@ class Distiller(Trainer):
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The mean KL of the held-out sequences, of what would be written: floats as they are stored."""
+        for module in self.student.model.modules():
+            if isinstance(module, FakeQuantizer):
+                module.enable_fake_quant()  # whatever the phase of training
         with as_stored(self.student):
             found: dict[str, float] = super().evaluate(*arguments, **options)
         return found
@@ -224,12 +228,11 @@ def learning_rate(settings: Training, share: float) -> float:
 
 def learning_groups(student: Student, settings: Training) -> list[dict[str, Any]]:
     """Parameters by the learning rates they take. Shares of steps are shares already; others' are their mean magnitude's."""
-    groups: dict[float, list[nn.Parameter]] = {settings.rate: []}
-    for name, parameter in student.trained():
-        share = name.endswith(".change")
-        size = 1.0 if share else max(float(parameter.detach().abs().mean()), 1e-8)
-        groups.setdefault(settings.rate * size, []).append(parameter)
-    return [{"params": found, "lr": rate} for rate, found in groups.items() if found]
+    shares = [p for name, p in student.trained() if name.endswith(".change")]
+    others = [p for name, p in student.trained() if not name.endswith(".change")]
+    sizes = [max(float(p.detach().abs().mean()), 1e-8) for p in others]
+    groups = [{"params": [p], "lr": settings.rate * size} for p, size in zip(others, sizes, strict=True)]
+    return [{"params": shares, "lr": settings.rate}, *groups] if shares else groups
 
 
 @contextlib.contextmanager
@@ -249,13 +252,14 @@ def as_stored(student: Student) -> Iterator[None]:
 
 def arguments(settings: Training, folder: Path, steps: int) -> TrainingArguments:
     """Trainer's own settings. Evaluating and saving is planned by `Budget`."""
+    # named only where it is wanted: transformers is about to rename it
+    checkpointing = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.rate,
         max_grad_norm=settings.max_gradient_norm,
         bf16=settings.dtype == "bfloat16",
@@ -274,6 +278,7 @@ def arguments(settings: Training, folder: Path, steps: int) -> TrainingArguments
         ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         logging_nan_inf_filter=False,
+        **checkpointing,
         ddp_timeout=24 * 3600,  # the first process may calibrate while the others wait
     )
 
