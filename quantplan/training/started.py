@@ -99,8 +99,8 @@ class StartedRange(FakeQuantizer):
 
 @torch.no_grad()
 def inside(weight: Tensor, start: QuantizedTensor) -> Tensor:
-    """`weight`, float32 `[rows, columns]`, where it rounds to the codes of `start`, and what these stand for elsewhere: an algorithm
-    chose another code than the nearest there for a reason, which a weight at the edge of the code's cell would soon forget."""
+    """`weight`, float32 `[rows, columns]`, where it rounds to the codes of `start`, and what these stand for elsewhere: there an
+    algorithm chose another code than the nearest, and a weight at the edge of its cell would fall back at the first step."""
     quantizer = start.scheme.quantizer()
     params = widened(dict(start.params), quantizer)
     groups, values = quantizer.groups(weight.float()), quantizer.decode(quantizer.groups(start.codes), params)

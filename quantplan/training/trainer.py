@@ -57,8 +57,8 @@ class Distiller(Trainer):
 
     @torch.no_grad()
     def judge(self, model: Any) -> float:
-        """The mean KL of the held-out sequences, of a model in evaluation. Before training, `evaluate` would not do: accelerate takes
-        a model it has seen then for one that needs no wrapping for several processes."""
+        """The mean KL of the held-out sequences, of a model in evaluation; for use before training, where `evaluate` would make
+        accelerate take the model for one that it need not wrap for several processes."""
         rows: Any = self.eval_dataset
         sums = 0.0
         for at in range(0, len(rows), self.args.per_device_eval_batch_size):
