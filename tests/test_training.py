@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,21 @@ def test_the_command(model: Path, data: Path, tmp_path: Path, capsys: pytest.Cap
     assert "QP107" in capsys.readouterr().err
 
 
+def test_interrupted_and_resumed_by_the_command(model: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps(INT3))
+    (tmp_path / "config.json").write_text(json.dumps({**FAST, "steps": 300}))
+    command = [sys.executable, "-m", "quantplan", "train", str(model), str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
+    command += ["--data", str(data), "--config", str(tmp_path / "config.json"), "-q", "--events", str(tmp_path / "log")]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while running.poll() is None and "loss" not in ((tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""):
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    assert "--resume" in running.communicate()[1] and running.returncode == 130
+    assert not (tmp_path / "out").exists() and next((tmp_path / "out.training").glob("checkpoint-*"))
+    assert subprocess.run([*command, "--resume"], capture_output=True, cwd=tmp_path).returncode == 0
+    assert verify(tmp_path / "out", model).ok and not (tmp_path / "out.training").exists()
+
+
 def test_refusals(model: Path, data: Path, tmp_path: Path) -> None:
     apply(model, INT3, tmp_path / "start")
 
@@ -321,3 +338,14 @@ def test_settings_from_a_file_and_options_over_it(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text("[1]")
     with pytest.raises(QuantplanError, match="QP105"):
         training_settings({}, tmp_path / "t.json")
+
+
+def test_metrics_go_to_tensorboard(model: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained(model, INT3, tmp_path / "out", data, report_to=["tensorboard"])
+    assert [path.name for path in (tmp_path / "out.training").iterdir()] == ["runs"]
+    events = EventAccumulator(str(next((tmp_path / "out.training" / "runs").iterdir())))
+    events.Reload()
+    assert len(events.Scalars("train/loss")) == 8 and len(events.Scalars("eval/loss")) == 4

@@ -15,7 +15,7 @@ from quantplan.plan.source import Source, read_source
 Recipe = Literal["scales", "weights", "lsq", "standard", "progressive"]
 
 # the recipe's own learning rate, where none is given
-LEARNING_RATES: dict[str, float] = {"scales": 1e-3, "weights": 1e-3, "lsq": 1e-3, "standard": 1e-3, "progressive": 1e-3}
+LEARNING_RATES: dict[str, float] = {"scales": 3e-3, "weights": 1e-3, "lsq": 2e-3, "standard": 1e-3, "progressive": 1e-3}
 FROM_FLOAT = ("standard", "progressive")  # recipes that train the float model, and not what a plan made of it
 
 

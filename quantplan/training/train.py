@@ -138,7 +138,7 @@ def train(  # noqa: PLR0913 - what a command line may say
             trainer, student, snapshots = _trainer(
                 resolution, begin, settings, found, args, folder, stopped, tell, trust_remote_code
             )
-            if not _run(trainer, snapshots, folder, begin, settings) or not first:
+            if not _run(trainer, snapshots, folder, begin, settings, tell) or not first:
                 return None
             assert writer is not None
             layers, floats = {}, {}
@@ -283,7 +283,7 @@ def _trainer(
     return trainer, student, snapshots
 
 
-def _run(trainer: Distiller, snapshots: Snapshots, folder: Path, start: Any, settings: Training) -> bool:
+def _run(trainer: Distiller, snapshots: Snapshots, folder: Path, start: Any, settings: Training, tell: OnStep) -> bool:
     """Trains; whether it came to its end, be it that weights are no numbers any more."""
     import torch
     from transformers.trainer_utils import get_last_checkpoint
@@ -296,7 +296,7 @@ def _run(trainer: Distiller, snapshots: Snapshots, folder: Path, start: Any, set
 
             model = load(start.reader.folder, dtype=torch.float32).to(trainer.args.device)
         snapshots.begin(trainer.judge(model.eval()))
-        trainer.log({"eval_loss": snapshots.start})
+        tell(Step("training", f"held-out KL {snapshots.start:.4f}", 0, PARTS, metrics={"step": 0, "eval_loss": snapshots.start}))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except QuantplanError as error:

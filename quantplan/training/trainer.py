@@ -253,7 +253,7 @@ def as_stored(student: Student) -> Iterator[None]:
 def arguments(settings: Training, folder: Path, steps: int) -> TrainingArguments:
     """Trainer's own settings. Evaluating and saving is planned by `Budget`."""
     # named only where it is wanted: transformers is about to rename it
-    checkpointing = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
