@@ -222,7 +222,7 @@ def test_the_command(model: Path, data: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_interrupted_and_resumed_by_the_command(model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(INT3))
-    (tmp_path / "config.json").write_text(json.dumps({**FAST, "steps": 300}))
+    (tmp_path / "config.json").write_text(json.dumps({**FAST, "steps": 100}))
     command = [sys.executable, "-m", "quantplan", "train", str(model), str(tmp_path / "plan.json"), "-o", str(tmp_path / "out")]
     command += ["--data", str(data), "--config", str(tmp_path / "config.json"), "-q", "--events", str(tmp_path / "log")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
