@@ -71,6 +71,8 @@ _NAMES = {
     "RealQuantize": "quantplan.nn.real_quant",
     "RealQuantizeLinear": "quantplan.nn.real_quant",
     "StaticRangeObserver": "quantplan.nn.observers",
+    "TrainReport": "quantplan.training.train",
+    "Training": "quantplan.training.settings",
     "WeightFakeQuantizer": "quantplan.nn.fake_quantizer",
     "_LearnableFakeQuantize": "quantplan.nn.affine",
     "apply": "quantplan.engine.apply",
@@ -137,6 +139,7 @@ _NAMES = {
     "read_checkpoint": "quantplan.headers",
     "resolve": "quantplan.plan.resolve",
     "symmetric_quantize": "quantplan.faces",
+    "train": "quantplan.training.train",
     "update_bn_stats": "quantplan.nn.fusion",
 }
 

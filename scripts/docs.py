@@ -30,6 +30,10 @@ def commands() -> str:
         )
         text = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
         parts.append(f"## quantplan {name}".rstrip() + f"\n\n```text\n{text}\n```\n")
+        if name == "train":
+            from quantplan.training.settings import Training
+
+            parts.append("What `--config FILE` may say; options of the command line come first.\n" + table(Training.model_fields))
     return "\n".join(parts)
 
 
@@ -50,8 +54,12 @@ def schemes() -> str:
 def section(member: Any, options: Mapping[str, Any], kind: str = "") -> str:
     """One member of a registry: what its class says of itself, and a table of its options."""
     text = f"## {kind}{member.name}\n\n{' '.join((member.__doc__ or '').split())}\n"
-    if options:
-        text += "\n| option | default | meaning |\n|---|---|---|\n"
+    return text + table(options) if options else text
+
+
+def table(options: Mapping[str, Any]) -> str:
+    """Options with their defaults and meanings."""
+    text = "\n| option | default | meaning |\n|---|---|---|\n"
     for name, field in options.items():
         default = "" if field.default is None else f"`{json.dumps(field.default)}`"
         text += f"| `{name}` | {default} | {' '.join((field.description or '').split())} |\n"

@@ -50,7 +50,7 @@ ORDER = (
         "checkpoint",
         "estimate",
     ),
-    *("explain", "live", "calibration", "engine", "gpu", "kernel", "kernels", "nn", "hf", "evaluation"),
+    *("explain", "live", "calibration", "engine", "gpu", "kernel", "kernels", "nn", "hf", "evaluation", "training"),
     *("comparison", "ptq", "inspection", "report", "cli", "__main__"),
 )
 HEAVY = {"torch", "transformers"}

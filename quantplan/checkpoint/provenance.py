@@ -86,10 +86,11 @@ def provenance(
     threads: int,
     data: str = UNKNOWN,
     changed: Iterable[str] = (),
+    training: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The document. `hashes`: sha256 of each tensor; `others`: of each other file, or the names alone; `threads`: that
-    calibration computes with; `data`: sha256 of its data, where the plan takes any. Its length does not depend on the hashes, so
-    that the estimate can be exact."""
+    calibration computes with; `data`: sha256 of its data, where the plan takes any; `training`: how the output was trained. Its
+    length does not depend on the hashes, so that the estimate can be exact."""
     named = dict(others) if isinstance(others, Mapping) else dict.fromkeys(others, UNKNOWN)
     header = {f.name: _sha256(f.header) for f in layout.files}
     calibration = {"calibration": {**_settings(resolution, threads), "sha256": data}} if resolution.takes_data else {}
@@ -103,7 +104,8 @@ def provenance(
         "treatments": treatments(resolution.assignments),
         **cache,
         **calibration,
-        **_transforms(resolution, layout, frozenset(changed)),
+        **_transforms(resolution, layout, frozenset(changed), training is not None),
+        **({} if training is None else {"training": dict(training)}),
         "files": {f.name: {"size": f.size, "header_sha256": header[f.name]} for f in layout.files},
         "other_files": {name: named[name] for name in sorted(named)},
         "tensors": {name: hashes.get(name, UNKNOWN) for name in layout.tensors},
@@ -118,10 +120,10 @@ def _settings(resolution: Resolution, threads: int) -> dict[str, Any]:
     return settings if resolution.collected is not None else {**settings, "threads": threads}
 
 
-def _transforms(resolution: Resolution, layout: OutputLayout, changed: frozenset[str]) -> dict[str, Any]:
-    """The transforms with every option, and which tensors they changed: a digit for each of `tensors`, so that the length is
-    known beforehand."""
-    if not resolution.transforms:
+def _transforms(resolution: Resolution, layout: OutputLayout, changed: frozenset[str], trained: bool) -> dict[str, Any]:
+    """The transforms with every option, and which tensors they, or training, changed: a digit for each of `tensors`, so that the
+    length is known beforehand."""
+    if not resolution.transforms and not trained:
         return {}
     listed = [{"name": t.name, **t.model_dump(mode="json")} for t in resolution.transforms]
     sources = {t.name: u.source.name for f in layout.files for u in f.units for t in u.outputs}

@@ -34,6 +34,7 @@ def options(
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "apply": runs.apply,
+    "train": runs.train,
     "calibrate": runs.calibrate,
     "validate": plans.validate,
     "explain": plans.explain,

@@ -32,23 +32,25 @@ if TYPE_CHECKING:
     from quantplan.calibration.read import CalibrationSet
     from quantplan.engine.calibrated import SolvedBlock
     from quantplan.engine.collected import CollectedStatistics
-    from quantplan.engine.solved import SolvedBlocks
+    from quantplan.engine.solved import Solved, SolvedBlocks
 
 
 @dataclass(frozen=True)
 class Step:
     """Progress. `reading`: calibration data are made, in tokens; `calibrating`: a block is solved; `quantizing`: a unit is
-    written, in bytes of the source."""
+    written, in bytes of the source; `training`: a step of it is done, in thousandths of the budget."""
 
-    phase: Literal["reading", "calibrating", "quantizing"]
+    phase: Literal["reading", "calibrating", "quantizing", "training"]
     name: str
     done: int
     total: int
     block: SolvedBlock | None = None
+    metrics: Mapping[str, Any] | None = None
 
     def as_event(self) -> dict[str, Any]:
         """Plain data, for a log."""
         event: dict[str, Any] = {"phase": self.phase, "name": self.name, "done": self.done, "total": self.total}
+        event |= {} if self.metrics is None else {"metrics": dict(self.metrics)}
         return event if self.block is None else {**event, **self.block.as_event(), "memory_bytes": peak_memory()}
 
 
@@ -151,21 +153,42 @@ def apply(  # noqa: PLR0913 - what a command line may say
                 solved = SolvedBlocks(writer.staging / "calibration")
                 _solve(resolution, data, reader, writer, solved, workers, trust_remote_code, tell)
                 resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved.unseen)))
-            with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved, collected)) as steps:
-                for step in steps:
-                    tell(step)
-            changed = reader.changed | (solved.changed if solved is not None else frozenset())
-            account(resolution, layout, writer)
-            config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
-            documents = layout.side_documents()
-            with reading(source.source):
-                check_unchanged(begun, fingerprint(resolution, layout))
-                others = other_hashes({**documents, **config}, copied)
             sha256 = data.hash if data is not None else collected.data if collected is not None else UNKNOWN
-            record = {NAME: provenance(resolution, layout, writer.hashes, others, workers, sha256, changed)}
-            writer.publish(copied, {**documents, **record, **config})
+            write_output(resolution, layout, reader, writer, begun, copied, workers, solved, collected, sha256, tell=tell)
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
+
+
+def write_output(  # noqa: PLR0913 - all that an output is made of
+    resolution: Resolution,
+    layout: OutputLayout,
+    reader: TensorReader,
+    writer: CheckpointWriter,
+    begun: Mapping[str, Any],
+    copied: Mapping[str, Path],
+    workers: int,
+    solved: Solved | None,
+    collected: CollectedStatistics | None = None,
+    sha256: str = UNKNOWN,
+    *,
+    training: Mapping[str, Any] | None = None,
+    tell: OnStep,
+) -> None:
+    """Writes every tensor, accounts for all of them, and publishes the directory. `begun`: the source's fingerprint, which must
+    still hold; `copied`: side files; `sha256`: of calibration data; `training`: what the record says of it."""
+    source = resolution.checkpoint
+    with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved, collected)) as steps:
+        for step in steps:
+            tell(step)
+    changed = reader.changed | (solved.changed if solved is not None else frozenset())
+    account(resolution, layout, writer)
+    config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
+    documents = layout.side_documents()
+    with reading(source.source):
+        check_unchanged(begun, fingerprint(resolution, layout))
+        others = other_hashes({**documents, **config}, copied)
+    record = {NAME: provenance(resolution, layout, writer.hashes, others, workers, sha256, changed, training)}
+    writer.publish(copied, {**documents, **record, **config})
 
 
 @contextlib.contextmanager
@@ -267,7 +290,7 @@ def write_units(
     reader: TensorReader,
     writer: CheckpointWriter,
     workers: int,
-    solved: SolvedBlocks | None = None,
+    solved: Solved | None = None,
     collected: CollectedStatistics | None = None,
 ) -> Generator[Step, None, None]:
     """Writes every unit of files that are not done yet, yielding after each."""

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,6 +25,25 @@ from quantplan.tensor import QuantizedTensor
 
 JOURNAL = "blocks.jsonl"
 _CHANGED = "changed"
+
+
+class Solved(Protocol):
+    """What outputs are written from, beside the source."""
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The stored tensors that are not as the source has them, quantized ones too."""
+
+    def __contains__(self, matrix: object) -> bool: ...
+
+    def read(self, matrix: str, scheme: SchemeConfig) -> QuantizedTensor:
+        """One solved matrix."""
+
+    def inputs(self, matrix: str) -> Params:
+        """What was found for the static activations of one matrix, or for the cache of one attention module."""
+
+    def replacement(self, tensor: str) -> Tensor | None:
+        """What became of a stored tensor that is not quantized; None: it is as it was."""
 
 
 class SolvedBlocks:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantplan.engine.collected import CollectedStatistics
-    from quantplan.engine.solved import SolvedBlocks
+    from quantplan.engine.solved import Solved
 
 PIECE = 1 << 19  # weights quantized at a time: their float32 copies stay in a core's cache
 LOOKAHEAD = 2  # units in flight beyond one a worker
@@ -37,7 +37,7 @@ def quantized(
     units: Iterable[Unit],
     reader: TensorReader,
     workers: int,
-    solved: SolvedBlocks | None = None,
+    solved: Solved | None = None,
     collected: CollectedStatistics | None = None,
 ) -> Generator[tuple[Unit, QuantizedTensor], None, None]:
     """Each quantize-unit with its quantized matrix, in order; what calibration has `solved` is taken from there.
@@ -72,7 +72,7 @@ def _quantize(
     unit: Unit,
     reader: TensorReader,
     magnitudes: Magnitudes,
-    solved: SolvedBlocks | None,
+    solved: Solved | None,
     collected: CollectedStatistics | None,
 ) -> QuantizedTensor:
     matrix, assignment = unit.matrix, unit.assignment

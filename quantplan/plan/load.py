@@ -142,7 +142,9 @@ def schema_problems(error: ValidationError, model: type[BaseModel], data: Any, p
         kind, message = item["type"], item["msg"]
         if kind == "extra_forbidden":
             key = str(item["loc"][-1])
-            yield Problem("QP104", f"unknown key '{printable(key)}'", did_you_mean(key, _keys(item["loc"])), path, at_key=True)
+            yield Problem(
+                "QP104", f"unknown key '{printable(key)}'", did_you_mean(key, _keys(item["loc"], model)), path, at_key=True
+            )
         elif kind == "missing":
             yield Problem("QP105", f"key '{item['loc'][-1]}' is missing", path=path[:-1])
         elif kind == "literal_error" and item["loc"] == ("version",):
@@ -155,10 +157,10 @@ def schema_problems(error: ValidationError, model: type[BaseModel], data: Any, p
             yield Problem("QP105", f"{message[0].lower()}{message[1:]}", path=path)
 
 
-def _keys(loc: tuple[int | str, ...]) -> list[str]:
+def _keys(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """The keys allowed where an unknown one was found."""
     if len(loc) == 1:
-        return [f.alias or n for n, f in Plan.model_fields.items()]
+        return [f.alias or n for n, f in model.model_fields.items()]
     if loc[0] in (KEY, "output", CACHE):
         parts: dict[str, type[BaseModel]] = {KEY: Calibration, "output": Output, CACHE: KeyValueCache}
         return list(parts[str(loc[0])].model_fields)

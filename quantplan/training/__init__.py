@@ -1,0 +1,1 @@
+"""Training of quantized models: distillation and quantization-aware training by transformers' Trainer."""
