@@ -690,6 +690,7 @@ def scheme_configs() -> list[SchemeConfig]:
     for member in SCHEMES:
         if "symmetric" in member.model_fields:
             found.append(member.model_validate({"symmetric": False}))
+        if "scale_rule" in member.model_fields:
             found += [member.model_validate({"scale_rule": rule, "scale_dtype": "float32"}) for rule in ("midpoint", "qmin")]
     return [*found, *(SCHEMES.get(n).model_validate({"format": f}) for n, f in (("fp8", "e5m2"), ("mxfp8", "e5m2")))]
 

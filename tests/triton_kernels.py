@@ -18,6 +18,7 @@ from quantplan.scheme import SchemeConfig
 WAYS = ("gemv", "gemm", "dense")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCHEMES_ = list({repr(s): s for s in [*_weights(), scheme("fp8", granularity="block"), scheme("int4", group_size=12)]}.values())
+SCHEMES_ = [s for s in SCHEMES_ if KERNELS.get("triton").refuse(job(s)) is None]
 
 
 def _inputs(tokens: int, columns: int, dtype: torch.dtype, strided: bool = False) -> torch.Tensor:

@@ -23,7 +23,7 @@ SCHEMES_ = [
     *(scheme("int4", quotient_dtype="bfloat16"), scheme("int4", quotient_dtype="float16", symmetric=False)),
     *(scheme("nf4", dtype="bfloat16"), scheme("nf4", scale_dtype="float32"), scheme("fp4", scale_dtype="float16")),
 ]
-SCHEMES_ = list({repr(s): s for s in SCHEMES_}.values())
+SCHEMES_ = list({repr(s): s for s in SCHEMES_ if rounding.refuse(s) is None}.values())
 
 
 def _matrix(rows: int, columns: int, dtype: torch.dtype, seed: int = 0, binades: int = 8) -> torch.Tensor:
