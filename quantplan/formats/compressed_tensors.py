@@ -150,7 +150,8 @@ class CompressedTensors(Format):
         else:
             codes = read(f"{name}.weight").view(torch.uint8)
         if not wq.symmetric_grid:
-            packed = read(f"{name}.weight_zero_point").t().contiguous().view(torch.uint8)
+            stored = read(f"{name}.weight_zero_point")  # [words, groups]; a single word keeps a stride that `view` refuses
+            packed = stored.t().reshape(-1).view(torch.uint8).view(stored.shape[1], -1)
             params["zero_point"] = unpack_bits(packed, wq.bits, matrix.rows).t().contiguous()
         if wq.needs_absmax:
             params["global_scale"] = read(f"{name}.weight_global_scale")
