@@ -29,7 +29,6 @@ TEXTS = [
     ("int4", "int4pack", torch.bfloat16, ONES),
     ("int8", "int8pack", torch.bfloat16, ONES),
     ("int4", "lookup", torch.float32, PROSE),
-    ("int8", "lookup", torch.float32, PROSE),
 ]
 
 
