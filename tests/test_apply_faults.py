@@ -26,7 +26,8 @@ from quantplan.checkpoint.layout import output_layout
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.writer import CheckpointWriter, staging_of
 from quantplan.engine import apply as module
-from quantplan.engine.apply import Step, apply, prepare
+from quantplan.engine.apply import apply, prepare
+from quantplan.engine.progress import Step
 from quantplan.errors import QuantplanError, render
 from quantplan.format import FORMATS
 from quantplan.headers import INDEX, read_checkpoint

@@ -35,7 +35,8 @@ from quantplan.checkpoint.layout import output_layout
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.writer import staging_of
 from quantplan.engine import calibrated, memory, moments
-from quantplan.engine.apply import Report, Step, apply, prepare
+from quantplan.engine.apply import Report, apply, prepare
+from quantplan.engine.progress import Step
 from quantplan.errors import QuantplanError
 from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS

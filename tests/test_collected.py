@@ -21,8 +21,9 @@ import quantplan
 from quantplan.algorithms.gptq import GPTQ
 from quantplan.cli.app import app
 from quantplan.engine import calibrated, collect, moments
-from quantplan.engine.apply import Step, apply
+from quantplan.engine.apply import apply
 from quantplan.engine.collected import CollectedStatistics
+from quantplan.engine.progress import Step
 from quantplan.errors import QuantplanError
 from quantplan.models.modules import Matrix
 from quantplan.scheme import SCHEMES

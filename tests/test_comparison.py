@@ -173,7 +173,7 @@ def test_decoding_is_greedy_with_a_cache(made: dict[str, Path]) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere getrusage is all there is")
 def test_a_process_does_not_count_its_parents_memory() -> None:
     held = torch.ones(100 << 20)  # 400 MB
-    code = "from quantplan.engine.apply import peak_memory; print(peak_memory())"
+    code = "from quantplan.engine.progress import peak_memory; print(peak_memory())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 10_000_000 < int(done.stdout) < held.nbytes
 

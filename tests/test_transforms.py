@@ -18,7 +18,8 @@ from torch import Tensor
 import quantplan
 from quantplan.algorithm import ALGORITHMS
 from quantplan.checkpoint.reader import TensorReader
-from quantplan.engine.apply import Step, apply, prepare
+from quantplan.engine.apply import apply, prepare
+from quantplan.engine.progress import Step
 from quantplan.engine.rewriting import Rewriting, rewritten
 from quantplan.engine.scaling import Saw, Scaling
 from quantplan.engine.verify import verify

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantplan import __version__
-from quantplan.cli import inspecting, measures, plans, registries, runs
+from quantplan.cli import inspecting, measures, plans, registries, runs, training
 
 app = typer.Typer(
     name="quantplan",
@@ -34,7 +34,7 @@ def options(
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "apply": runs.apply,
-    "train": runs.train,
+    "train": training.train,
     "calibrate": runs.calibrate,
     "validate": plans.validate,
     "explain": plans.explain,

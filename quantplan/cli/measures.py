@@ -246,14 +246,11 @@ def _write_report(folder: Path, document: dict[str, Any]) -> Iterator[Path]:
     """report.json in `folder`, then report.html. Raises QP401 to QP403, QP405 where a package is missing."""
     from quantplan.checkpoint.durable import named_errors, write_durably
     from quantplan.checkpoint.layout import json_bytes
+    from quantplan.report.compared import comparison_page
 
     with named_errors(folder):
         write_durably(folder / "report.json", json_bytes(document))
         yield folder / "report.json"
-        try:
-            from quantplan.report.compared import comparison_page
-        except ModuleNotFoundError:
-            return
         write_durably(folder / "report.html", comparison_page(document).encode())
         yield folder / "report.html"
 

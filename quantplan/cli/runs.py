@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantplan.cli import show
+from quantplan.cli.interrupt import Stop, stoppable
 from quantplan.errors import render
 
 if TYPE_CHECKING:
-    from quantplan.engine.apply import Report, Step
+    from quantplan.engine.apply import Report
+    from quantplan.engine.progress import Step
     from quantplan.engine.verify import Verification
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 RESUME = "what is done is kept: repeat the same command to go on"
+
+
+@contextmanager
+def followed(quiet: bool, events: Path | None) -> Iterator[tuple[Callable[[Step], None], Stop]]:
+    """What shows a step and logs it, and whether a signal has come."""
+    with stoppable() as stop, show.phases(quiet) as advance, show.event_log(events) as record:
+
+        def tell(step: Step) -> None:
+            note = "" if step.block is None else f" ({step.block.summary})"
+            advance(step.phase, step.done, step.total, step.name + note)
+            record(step.as_event())
+
+        yield tell, stop
 
 
 def apply(
@@ -51,7 +68,6 @@ def apply(
 
     OUT is absent or whole at every moment. An interrupted run goes on when the command is repeated.
     """
-    from quantplan.cli.interrupt import stoppable
     from quantplan.engine import apply as engine
 
     if report:
@@ -60,12 +76,10 @@ def apply(
         require_report()  # before the work, not after it
     if dry_run:
         return _dry_run(model, plan, output, threads, revision, as_json)
-    with stoppable() as stop, show.phases(quiet) as advance, show.event_log(events) as record:
+    with followed(quiet, events) as (tell, stop):
 
         def on_step(step: Step) -> None:
-            note = "" if step.block is None else f" ({step.block.summary})"
-            advance(step.phase, step.done, step.total, step.name + note)
-            record(step.as_event())
+            tell(step)
             stop.check(RESUME)
 
         done = engine.apply(
@@ -87,105 +101,6 @@ def apply(
         _show_report(done)
         if page is not None:
             print(f"report: {page}")
-    return 0
-
-
-def train(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a checkpoint, or Hub id: the teacher.")],
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML.")],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")],
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", metavar="DATA", help="What to train on; by default the plan's calibration.")
-    ] = None,
-    start: Annotated[
-        Path | None, typer.Option("--start", metavar="START", help="An output of `apply` by this plan, instead of making one.")
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="scales, weights, lsq, standard or progressive; scales by default.")
-    ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Budget in time.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Budget in steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Budget in passes over the data; 1 where there is no budget.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="A share of what is trained.")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Sequences computed at once; 4 by default.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="More options of training, JSON or YAML.")
-    ] = None,
-    report_to: Annotated[
-        list[str] | None, typer.Option("--report-to", help="Where metrics go: tensorboard, wandb, mlflow, ...")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted training.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted training.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in one step, when the new one is complete.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
-    events: Annotated[
-        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
-    ] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> int:
-    """Quantize a checkpoint and train it to predict what the float model predicts.
-
-    OUT is as `apply` writes it, and never worse than what `apply` makes, judged by sequences held out of the data. On several
-    GPUs or machines: torchrun -m quantplan train ..., or accelerate launch -m quantplan train ...
-    """
-    from quantplan.cli.interrupt import stoppable
-    from quantplan.training import train as training
-    from quantplan.training.settings import training_settings
-
-    given: dict[str, Any] = {
-        "recipe": recipe,
-        "minutes": minutes,
-        "steps": steps,
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-    }
-    given |= {"batch_size": batch_size, "report_to": report_to or None}
-    settings = training_settings({name: value for name, value in given.items() if value is not None}, config)
-    first = os.environ.get("RANK", "0") == "0"
-    with stoppable() as stop, show.phases(quiet or not first) as advance, show.event_log(events if first else None) as record:
-
-        def on_step(step: Step) -> None:
-            note = "" if step.block is None else f" ({step.block.summary})"
-            advance(step.phase, step.done, step.total, step.name + note)
-            record(step.as_event())
-            if step.phase != "training":  # there, a step ends with a checkpoint
-                stop.check(RESUME)
-
-        done = training.train(
-            model,
-            plan,
-            output,
-            settings,
-            start=start,
-            data=data,
-            overwrite=overwrite,
-            resume=resume,
-            restart=restart,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
-            stopped=lambda: stop.number is not None,
-            on_step=on_step,
-        )
-        if done is None:
-            stop.check("a checkpoint is kept: repeat the command with --resume to go on")
-            return 0
-    if as_json:
-        show.document(done.as_dict())
-        return 0
-    for note in done.notes:
-        print(render(note), file=sys.stderr)
-    show.table(("step", "held-out KL"), ((int(step), f"{kl:.4f}") for step, kl in done.history))
-    kept = f"of step {done.best_step}" if done.best_step else "of the start, which no snapshot beat"
-    print(
-        f"\n{done.out}: held-out KL {done.kl_start:.4f} → {done.kl:.4f} ({kept}), {done.steps} steps, "
-        f"{show.size(done.written)}, {done.seconds:.1f} s, peak memory {show.size(done.peak_memory)}"
-    )
     return 0
 
 
@@ -215,7 +130,6 @@ def calibrate(
 
     `apply --stats STATS` takes them instead of data. STATS is absent or whole at every moment.
     """
-    from quantplan.cli.interrupt import stoppable
     from quantplan.engine import collect as engine
 
     with stoppable() as stop, show.phases(quiet) as advance:

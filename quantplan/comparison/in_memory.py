@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantplan.comparison.timing import spread, timed, waits_for
-from quantplan.engine.apply import peak_memory
+from quantplan.engine.progress import peak_memory
 from quantplan.errors import fail
 
 Metric = Callable[[Any, Any], float]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantplan.comparison.machine import processor
 from quantplan.comparison.timing import Spread, spread, timed, waits_for
-from quantplan.engine.apply import peak_memory
+from quantplan.engine.progress import peak_memory
 from quantplan.errors import QuantplanError, fail
 
 if TYPE_CHECKING:

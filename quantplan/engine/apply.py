@@ -6,55 +6,29 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from quantplan.checkpoint.durable import CHUNK
-from quantplan.checkpoint.layout import OutputLayout, Unit, output_layout
-from quantplan.checkpoint.provenance import NAME, UNKNOWN, fingerprint, other_hashes, provenance
+from quantplan.checkpoint.layout import output_layout
+from quantplan.checkpoint.provenance import UNKNOWN, fingerprint
 from quantplan.checkpoint.reader import TensorReader, reading
-from quantplan.checkpoint.side_files import output_config, side_files
+from quantplan.checkpoint.side_files import side_files
 from quantplan.checkpoint.writer import CheckpointWriter, staged_bytes
+from quantplan.engine.output import Output
+from quantplan.engine.progress import OnStep, Step, peak_memory
 from quantplan.errors import Problem, QuantplanError, fail, listing
 from quantplan.estimate import Estimate, cores, estimate
-from quantplan.format import FORMATS
 from quantplan.headers import Checkpoint, read_checkpoint
 from quantplan.plan.load import LoadedPlan, load_plan
 from quantplan.plan.resolve import Resolution, resolve
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantplan.calibration.read import CalibrationSet
-    from quantplan.engine.calibrated import SolvedBlock
     from quantplan.engine.collected import CollectedStatistics
-    from quantplan.engine.solved import Solved, SolvedBlocks
-
-
-@dataclass(frozen=True)
-class Step:
-    """Progress. `reading`: calibration data are made, in tokens; `calibrating`: a block is solved; `quantizing`: a unit is
-    written, in bytes of the source; `training`: a step of it is done, in thousandths of the budget."""
-
-    phase: Literal["reading", "calibrating", "quantizing", "training"]
-    name: str
-    done: int
-    total: int
-    block: SolvedBlock | None = None
-    metrics: Mapping[str, Any] | None = None
-
-    def as_event(self) -> dict[str, Any]:
-        """Plain data, for a log."""
-        event: dict[str, Any] = {"phase": self.phase, "name": self.name, "done": self.done, "total": self.total}
-        event |= {} if self.metrics is None else {"metrics": dict(self.metrics)}
-        return event if self.block is None else {**event, **self.block.as_event(), "memory_bytes": peak_memory()}
-
-
-OnStep = Callable[[Step], None]
+    from quantplan.engine.solved import SolvedBlocks
 
 
 @dataclass(frozen=True)
@@ -154,41 +128,9 @@ def apply(  # noqa: PLR0913 - what a command line may say
                 _solve(resolution, data, reader, writer, solved, workers, trust_remote_code, tell)
                 resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved.unseen)))
             sha256 = data.hash if data is not None else collected.data if collected is not None else UNKNOWN
-            write_output(resolution, layout, reader, writer, begun, copied, workers, solved, collected, sha256, tell=tell)
+            Output(resolution, layout, reader, writer, workers, solved, collected).write(begun, copied, sha256, tell=tell)
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return Report(target, resolution, predicted, written, time.monotonic() - started, peak_memory(), reused)
-
-
-def write_output(  # noqa: PLR0913 - all that an output is made of
-    resolution: Resolution,
-    layout: OutputLayout,
-    reader: TensorReader,
-    writer: CheckpointWriter,
-    begun: Mapping[str, Any],
-    copied: Mapping[str, Path],
-    workers: int,
-    solved: Solved | None,
-    collected: CollectedStatistics | None = None,
-    sha256: str = UNKNOWN,
-    *,
-    training: Mapping[str, Any] | None = None,
-    tell: OnStep,
-) -> None:
-    """Writes every tensor, accounts for all of them, and publishes the directory. `begun`: the source's fingerprint, which must
-    still hold; `copied`: side files; `sha256`: of calibration data; `training`: what the record says of it."""
-    source = resolution.checkpoint
-    with contextlib.closing(write_units(resolution, layout, reader, writer, workers, solved, collected)) as steps:
-        for step in steps:
-            tell(step)
-    changed = reader.changed | (solved.changed if solved is not None else frozenset())
-    account(resolution, layout, writer)
-    config = {"config.json": output_config(resolution)}  # the last to be written: without it nothing loads
-    documents = layout.side_documents()
-    with reading(source.source):
-        check_unchanged(begun, fingerprint(resolution, layout))
-        others = other_hashes({**documents, **config}, copied)
-    record = {NAME: provenance(resolution, layout, writer.hashes, others, workers, sha256, changed, training)}
-    writer.publish(copied, {**documents, **record, **config})
 
 
 @contextlib.contextmanager
@@ -284,106 +226,6 @@ def with_weights(checkpoint: Checkpoint) -> Checkpoint:
     return replace(read_checkpoint(path), source=checkpoint.source, revision=commit)
 
 
-def write_units(
-    resolution: Resolution,
-    layout: OutputLayout,
-    reader: TensorReader,
-    writer: CheckpointWriter,
-    workers: int,
-    solved: Solved | None = None,
-    collected: CollectedStatistics | None = None,
-) -> Generator[Step, None, None]:
-    """Writes every unit of files that are not done yet, yielding after each."""
-    from quantplan.engine.stream import quantized
-
-    output = FORMATS.get(resolution.plan.output.format)()
-    todo = [u for f in layout.files if not writer.is_done(f.name) for u in f.units]
-    total = sum(_share(u) for f in layout.files for u in f.units)
-    done = total - sum(_share(u) for u in todo)
-    cached = frozenset(resolution.kv_cache.modules if resolution.kv_cache is not None else ())
-    stream = quantized([u for u in todo if u.kind == "quantize"], reader, workers, solved, collected)
-    try:
-        for unit in todo:
-            if unit.kind == "quantize":
-                same, tensor = next(stream)
-                assert same is unit and unit.matrix is not None and unit.assignment is not None
-                encoded = output.encode(unit.matrix, tensor, unit.assignment.aq)
-                if solved is not None and unit.assignment.observer is not None:
-                    encoded |= output.encode_inputs(unit.matrix, solved.inputs(unit.matrix.name))
-                for info in unit.outputs:
-                    if info.name in encoded:
-                        writer.write(info, _bytes(encoded[info.name]))
-            elif (replacement := solved.replacement(unit.source.name) if solved is not None else None) is not None:
-                writer.write(unit.outputs[0], _bytes(_cast(replacement, unit)))
-            elif unit.kind == "cast" or unit.source.name in reader.changed:
-                writer.write(unit.outputs[0], _bytes(_cast(reader.read(unit.source.name), unit)))
-            else:
-                writer.write_chunks(unit.outputs[0], _chunks(reader, unit))
-            for info in unit.outputs:
-                module, _, scale = info.name.rpartition(".")
-                if module in cached and solved is not None:
-                    writer.write(info, _bytes(solved.inputs(module)[scale]))
-            done += _share(unit)
-            yield Step("quantizing", unit.name, done, total)
-    finally:
-        stream.close()
-
-
-def _share(unit: Unit) -> int:
-    """The part of the source a unit accounts for, in bytes."""
-    return unit.elements * unit.source.size // max(1, _elements(unit)) if unit.matrix else unit.source.size
-
-
-def _elements(unit: Unit) -> int:
-    import math
-
-    return math.prod(unit.source.shape)
-
-
-def _chunks(reader: TensorReader, unit: Unit) -> Iterator[bytearray]:
-    size = unit.source.size
-    for start in range(0, size, CHUNK):
-        yield reader.read_bytes(unit.source, start, min(CHUNK, size - start))
-
-
-def _cast(tensor: Tensor, unit: Unit) -> Tensor:
-    """The tensor in the output's dtype. Raises QP601 when a number becomes infinite: float16 ends at 65504."""
-    import torch
-
-    from quantplan.checkpoint.reader import TORCH_DTYPES
-
-    name = TORCH_DTYPES[unit.outputs[0].dtype]
-    cast = tensor.to(getattr(torch, name))
-    lost = int(cast.isinf().sum()) - int(tensor.isinf().sum())
-    if lost:
-        text = f"{lost} of {tensor.numel()} values are too large for {name}"
-        raise fail("QP601", text, "choose another output.dtype", file=unit.source.file, tensor=unit.source.name)
-    return cast
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def account(resolution: Resolution, layout: OutputLayout, writer: CheckpointWriter) -> None:
-    """Every source tensor is quantized, cast or copied, and every planned tensor is written. A gap is a bug: it stops the run."""
-    used = {u.source.name for f in layout.files for u in f.units}
-    lost = resolution.checkpoint.tensors.keys() - used
-    unwritten = layout.tensors.keys() - writer.hashes.keys()
-    if lost or unwritten:
-        name = sorted(lost or unwritten)[0]
-        raise fail("QP602", "a tensor is not accounted for", "please report this", tensor=name)
-
-
-def check_unchanged(begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """No source file was touched since the run began. Raises QP210: what was read may be half old, half new."""
-    changed = sorted(name for name, time in now["times"].items() if begun["times"][name] != time)
-    if changed:
-        raise fail("QP210", "the file was changed while it was read", "repeat with --restart", file=changed[0])
-
-
 def check_target(out: Path, model: Path) -> None:
     """The output is not the model, nor inside it, nor around it. Raises QP503."""
     target, source = Path(os.path.realpath(out)), Path(os.path.realpath(model))
@@ -405,15 +247,3 @@ def check_environment(predicted: Estimate, out: Path) -> None:
     if predicted.peak_memory > available:
         text = f"needs about {predicted.peak_memory:,} bytes of memory, {available:,} are available"
         raise fail("QP404", text, "use fewer --threads or calibration samples, or a larger machine")
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; on Linux without that of the process that started it, which
-    `getrusage` counts in."""
-    import resource
-
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from quantplan.calibration.read import CalibrationSet, read_calibration
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.engine import moments
-from quantplan.engine.apply import OnStep, Step, check_target, with_weights
+from quantplan.engine.apply import check_target, with_weights
 from quantplan.engine.batches import Batches
 from quantplan.engine.collected import StatisticsWriter
+from quantplan.engine.progress import OnStep, Step
 from quantplan.errors import Problem, QuantplanError
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks

@@ -19,7 +19,9 @@ from quantplan.checkpoint.provenance import NAME, UNKNOWN, fingerprint
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.side_files import side_files
 from quantplan.checkpoint.writer import CheckpointWriter
-from quantplan.engine.apply import OnStep, Step, apply, check_target, peak_memory, prepare, with_weights, write_output
+from quantplan.engine.apply import apply, check_target, prepare, with_weights
+from quantplan.engine.output import Output
+from quantplan.engine.progress import OnStep, Step, peak_memory
 from quantplan.engine.verify import check_record, check_source, read_record
 from quantplan.errors import Place, Problem, QuantplanError, errors_in, fail
 from quantplan.estimate import cores
@@ -319,10 +321,8 @@ def _write(
 ) -> None:
     checkpoint, calibration = resolution.checkpoint, record.get("calibration") or {}
     with TensorReader(checkpoint.require_path(), checkpoint.tensors) as reader:
-        write_output(
-            resolution, layout, reader, writer, run, side_files(checkpoint), calibration.get("threads", threads), tensors,
-            sha256=calibration.get("sha256", UNKNOWN), training=training, tell=tell,
-        )  # fmt: skip
+        output = Output(resolution, layout, reader, writer, calibration.get("threads", threads), tensors)
+        output.write(run, side_files(checkpoint), calibration.get("sha256", UNKNOWN), training, tell=tell)
 
 
 def _tidy(folder: Path, logged: bool) -> None:
