@@ -28,7 +28,7 @@ from quantplan.engine.scaling import Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.errors import fail
 from quantplan.live.blocks import find_blocks
-from quantplan.live.experts import routed_experts
+from quantplan.live.experts import check_all_experts
 from quantplan.live.forward import Forward
 from quantplan.live.skeleton import skeleton
 from quantplan.live.weights import Weights
@@ -100,7 +100,8 @@ class Run:
         self.has_float = any("drift" in a.algorithm.needs or a.algorithm.tunes for a in resolution.quantized)
         self.batches = Batches(data, self.model.config)
         self._check_places(resolution)
-        self._check_experts(resolution)
+        if self.all_experts:
+            check_all_experts(self.model, self.stacks.names, checkpoint.source)
         treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
         self.correcting = Correcting(resolution.transforms, (job.matrix for job in self.jobs.values()), self.weights)
         self.scaling = Scaling(resolution.transforms, treated, self.weights, self.stacks, self.forward, reader, dtype)
@@ -125,12 +126,6 @@ class Run:
                     advice = "give it algorithm: rtn in an override" if assignment.algorithm.takes_data else "give it aq: null"
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
                     raise fail("QP224", text, advice)
-
-    def _check_experts(self, resolution: Resolution) -> None:
-        """Raises QP224 for `all_experts` where no experts are called as transformers calls them."""
-        if self.all_experts and not any(routed_experts(self.model.get_submodule(name)) for name in self.stacks.names):
-            text = "the model has no experts that could be given every token"
-            raise fail("QP224", text, "leave out calibration: all_experts", file=resolution.checkpoint.source)
 
     def _largest(self, matrix: Matrix) -> Tensor:
         """`max |w|` of a matrix in the loaded block, as transforms left it."""
@@ -173,6 +168,7 @@ class Run:
                 states = {key: t for part, ts in following.items() for key, t in _packed(ts, part).items()}
                 seconds = time.monotonic() - started
                 facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3), "unseen": block.unseen}
+                facts["unfollowed"] = block.unfollowed
                 number += 1
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
                 yield SolvedBlock(name, number, total, block.losses, seconds)

@@ -91,6 +91,11 @@ class SolvedBlocks:
         """The experts that no token came to."""
         return [name for line in self.done for name in line.get("unseen", ())]
 
+    @property
+    def unfollowed(self) -> list[str]:
+        """The matrices for which it is not known which tokens they were given, so that padding counted."""
+        return [name for line in self.done for name in line.get("unfollowed", ())]
+
     def __contains__(self, matrix: object) -> bool:
         return matrix in self._files
 
