@@ -258,7 +258,9 @@ class Block:
             for algorithm, parameters in chosen.items():
                 weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
                 started = {n: self.solved[n] for n in parameters}
-                problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, moments.computing)
+                data = (self.calls, hidden, targets)
+                how = (moments.computing, run.batches.counted)
+                problem = TunedBlock(self.module, *data, parameters, weights, started, *how)
                 tuned = algorithm.tune(problem)
                 for name, made in tuned.items():
                     self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))

@@ -100,6 +100,7 @@ class Run:
         self.has_float = any("drift" in a.algorithm.needs or a.algorithm.tunes for a in resolution.quantized)
         self.batches = Batches(data, self.model.config)
         self._check_places(resolution)
+        self._check_products()
         if self.all_experts:
             check_all_experts(self.model, self.stacks.names, checkpoint.source)
         treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
@@ -126,6 +127,17 @@ class Run:
                     advice = "give it algorithm: rtn in an override" if assignment.algorithm.takes_data else "give it aq: null"
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
                     raise fail("QP224", text, advice)
+
+    def _check_products(self) -> None:
+        """Raises QP113 for matrices that the model's code multiplies as one, whose inputs would be rounded in several ways."""
+        inside = (names for block in self.stacks.names for names in self.weights.matrices_in(block).values())
+        for names in inside:
+            treated = {n: (job.assignment.aq, job.assignment.observer) for n in names if (job := self.jobs.get(n)) is not None}
+            ways = {n: treated.get(n, (None, None)) for n in names}
+            other = next((n for n in names if ways[n] != ways[names[0]]), None)
+            if other is not None:
+                text = f"the model multiplies '{names[0]}' and '{other}' as one, and their activations are treated differently"
+                raise fail("QP113", text, "give them one aq, or algorithms without calibration to all matrices")
 
     def _largest(self, matrix: Matrix) -> Tensor:
         """`max |w|` of a matrix in the loaded block, as transforms left it."""
