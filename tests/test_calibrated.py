@@ -677,6 +677,22 @@ def test_what_a_block_makes_of_padding_is_not_in_its_error(folder: Path, tmp_pat
         assert moved == pytest.approx(plain + 100 / 51, rel=0.2)
 
 
+def test_fused_experts_that_are_not_tuned_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run was interrupted."""
+    tuned: set[str] = set()
+    monkeypatch.setattr(AutoRound, "tune", lambda self, problem: tuned.update(problem.weights) or {})
+    path, plan = zoo.build("mixtral", folder), plan_for(folder, algorithm={"name": "autoround", "iterations": 1})
+    with pytest.raises(KeyboardInterrupt):
+        apply(path, plan, tmp_path / "out", on_step=at_step(2))
+    report = apply(path, plan, tmp_path / "out")
+    experts = {m.name for a in report.resolution.quantized for m in a.matrices if ".experts." in m.name}
+    assert len(experts) == 36 and tuned and not tuned & experts
+    (note,) = [p for p in report.resolution.notes if p.code == "QP239"]
+    assert "36 modules: model.layers.0.block_sparse_moe.experts.0.w1" in note.message
+    dense = apply(zoo.build("llama", folder), plan, tmp_path / "dense")
+    assert "QP239" not in [p.code for p in dense.resolution.notes]
+
+
 # no data named
 
 

@@ -50,6 +50,7 @@ class Block:
     ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
     unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
     unfollowed: list[str] = field(default_factory=list)  # matrices whose rows may be padding: of which tokens is not known
+    untuned: list[str] = field(default_factory=list)  # matrices whose algorithm tunes, that stay as they were solved
     _tokens: dict[int, Tensor | None] = field(default_factory=dict)  # run -> which tokens the rows are that it brought last
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
     _last: Arrived | None = None
@@ -244,15 +245,19 @@ class Block:
 
     def _tune(self, hidden: Sequence[Tensor], targets: Sequence[Tensor], original: nn.Module) -> list[Tensor]:
         """Hands the solved block to the algorithm that tunes, for its matrices; the hidden states after it, or nothing where
-        nothing was changed. Slabs of fused parameters stay as they were solved."""
+        nothing was changed. Parts of fused parameters stay as they were solved: the gradient of each would be as large as all."""
         run = self.run
         chosen: dict[Algorithm, dict[str, str]] = {}
         for name in self.solved:
             places = run.weights.place_of(run.jobs[name].matrix)
+            algorithm, parameter = run.jobs[name].assignment.algorithm, places[0].parameter
+            if not algorithm.tunes:
+                continue
             whole = len(places) == 1 and places[0].index is None and not places[0].transposed
-            if run.jobs[name].assignment.algorithm.tunes and whole and places[0].rows == len(places[0].view(run.model)):
-                parameter = places[0].parameter.removeprefix(f"{self.name}.")
-                chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = parameter
+            if whole and places[0].rows == len(run.model.get_parameter(parameter)):
+                chosen.setdefault(algorithm, {})[name] = parameter.removeprefix(f"{self.name}.")
+            else:
+                self.untuned.append(name)
         changed: dict[str, QuantizedTensor] = {}
         with self._rounding():
             for algorithm, parameters in chosen.items():

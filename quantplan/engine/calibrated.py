@@ -179,8 +179,8 @@ class Run:
                 following |= {f"end.{i}": e for i, e in enumerate(ends)} | {f"exact_end.{i}": e for i, e in enumerate(exact_ends)}
                 states = {key: t for part, ts in following.items() for key, t in _packed(ts, part).items()}
                 seconds = time.monotonic() - started
-                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3), "unseen": block.unseen}
-                facts["unfollowed"] = block.unfollowed
+                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3)}
+                facts |= {"unseen": block.unseen, "unfollowed": block.unfollowed, "untuned": block.untuned}
                 number += 1
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
                 yield SolvedBlock(name, number, total, block.losses, seconds)
