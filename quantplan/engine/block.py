@@ -90,7 +90,9 @@ class Block:
             def see(name: str, index: int | None, inputs: Tensor, batch: int = i, routed: RoutedTokens = routed) -> None:
                 tokens = routed.of(name, index, inputs)
                 self._follow((name, index), inputs, batch, tokens)
-                seen(name, index, self.run.batches.counted(inputs, batch, tokens))
+                rows = self.run.batches.counted(inputs, batch, tokens)
+                if len(rows):  # an expert that is given padding alone was given nothing
+                    seen(name, index, rows)
 
             with torch.no_grad(), moments.computing(), watching(self.module, see, self.name), routed:
                 call(self.module, state)
