@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from quantplan.checkpoint.writer import staging_of
 from quantplan.engine import calibrated, memory, moments
 from quantplan.engine.apply import Report, apply, prepare
 from quantplan.engine.progress import Step
+from quantplan.engine.tuning import TunedBlock
 from quantplan.errors import QuantplanError
 from quantplan.estimate import Estimate, estimate
 from quantplan.format import FORMATS
@@ -151,6 +153,8 @@ def test_matrices_outside_of_the_blocks_are_named(folder: Path, tmp_path: Path) 
     with pytest.raises(QuantplanError, match=r"QP224 'cls\.predictions\.transform\.dense' is outside"):
         apply(zoo.build("bert", folder), plan, tmp_path / "out")
 
+
+STATIC = {"scheme": "int8", "dynamic": False, "observer": "minmax"}
 
 # the calibration's own view
 
@@ -360,6 +364,22 @@ def test_extra_calls_of_experts_do_not_change_what_a_block_computes(folder: Path
 def test_all_experts_of_a_dense_model_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantplanError, match=r"QP224 .*no experts"):
         apply(zoo.build("llama", folder), plan_for(folder, all_experts=True), tmp_path / "out")
+
+
+@pytest.mark.parametrize("treated", [{"aq": "int8"}, {"keep": True}])
+@pytest.mark.parametrize("part", ["w1", "w3"])
+def test_one_product_takes_activations_in_one_way(folder: Path, tmp_path: Path, part: str, treated: dict[str, Any]) -> None:
+    """`w1` and `w3` are one parameter in transformers' code, whatever engine is to run what is written."""
+    plan = plan_for(folder, "int8")
+    plan |= {"engines": []}
+    plan["overrides"].append({"pattern": f"*.{part}", **treated})
+    if "keep" in treated:
+        apply(zoo.build("mixtral", folder), plan, tmp_path / "kept")  # inputs are rounded for neither
+        plan["default"]["aq"] = "int8"
+    with pytest.raises(QuantplanError, match=r"QP113 .*0\.w1' and '.*0\.w3' as one"):
+        apply(zoo.build("mixtral", folder), plan, tmp_path / "out")
+    plan["calibration"], plan["default"]["algorithm"] = None, "rtn"
+    assert apply(zoo.build("mixtral", folder), plan, tmp_path / "out").written  # nothing is run
 
 
 # encoder-decoders
@@ -594,9 +614,6 @@ def test_killed_at_random_moments(folder: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["out", "plan.json", "reference"]
 
 
-STATIC = {"scheme": "int8", "dynamic": False, "observer": "minmax"}
-
-
 @pytest.mark.parametrize("aq", [None, "int8", STATIC])
 def test_a_tuned_block_computes_as_the_lockstep_did(
     folder: Path, tmp_path: Path, aq: Any, monkeypatch: pytest.MonkeyPatch
@@ -636,6 +653,44 @@ def test_tuning_lowers_the_blocks_error_with_rounded_activations(folder: Path, t
         apply(path, plan, tmp_path / "out")
     assert len(losses) == 2 * read_checkpoint(path).config["num_hidden_layers"]
     assert all(after <= before for before, after in losses) and any(after < 0.98 * before for before, after in losses)
+
+
+def test_what_a_block_makes_of_padding_is_not_in_its_error(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences in one batch, the last of three tokens: targets moved at padding change no loss, and one elsewhere does."""
+    save_file({"input_ids": IDS.flatten()[: 2 * 24 + 3].contiguous()}, tmp_path / "ids.safetensors")
+    found = []
+
+    def tune(self: AutoRound, problem: TunedBlock) -> Mapping[str, QuantizedTensor]:
+        weights = {n: q.scheme.quantizer().dequantize(q) for n, q in problem.started.items()}
+        targets = [problem.targets[0].clone() for _ in range(3)]
+        targets[1][2, 3:] += 10
+        targets[2][2, 2] += 10
+        found.append([float(replace(problem, targets=[t]).loss(0, weights)) for t in targets])
+        return {}
+
+    monkeypatch.setattr(AutoRound, "tune", tune)
+    source = {"source": str(tmp_path / "ids.safetensors"), "samples": 3, "sequence_length": 24}
+    apply(zoo.build("llama", folder), {**plan_for(folder, algorithm="autoround"), "calibration": source}, tmp_path / "out")
+    assert len(found) == 3
+    for plain, padding, moved in found:
+        assert padding == plain
+        assert moved == pytest.approx(plain + 100 / 51, rel=0.2)
+
+
+def test_fused_experts_that_are_not_tuned_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the run was interrupted."""
+    tuned: set[str] = set()
+    monkeypatch.setattr(AutoRound, "tune", lambda self, problem: tuned.update(problem.weights) or {})
+    path, plan = zoo.build("mixtral", folder), plan_for(folder, algorithm={"name": "autoround", "iterations": 1})
+    with pytest.raises(KeyboardInterrupt):
+        apply(path, plan, tmp_path / "out", on_step=at_step(2))
+    report = apply(path, plan, tmp_path / "out")
+    experts = {m.name for a in report.resolution.quantized for m in a.matrices if ".experts." in m.name}
+    assert len(experts) == 36 and tuned and not tuned & experts
+    (note,) = [p for p in report.resolution.notes if p.code == "QP239"]
+    assert "36 modules: model.layers.0.block_sparse_moe.experts.0.w1" in note.message
+    dense = apply(zoo.build("llama", folder), plan, tmp_path / "dense")
+    assert "QP239" not in [p.code for p in dense.resolution.notes]
 
 
 # no data named

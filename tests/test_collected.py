@@ -173,6 +173,13 @@ def test_experts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 # refusals
 
 
+def test_all_experts_of_a_dense_model_is_refused_before_data_are_read(folder: Path, tmp_path: Path) -> None:
+    nowhere = {"calibration": {"source": str(tmp_path / "none.safetensors"), "all_experts": True}}
+    with pytest.raises(QuantplanError, match=r"QP224 .*no experts"):
+        collect.collect(zoo.build("llama", folder), nowhere, tmp_path / "stats")
+    assert not list(tmp_path.iterdir())
+
+
 def refused(code: str, path: Path, plan: Any, out: Path, stats: Path) -> str:
     with pytest.raises(QuantplanError, match=code) as caught:
         apply(path, plan, out, statistics=stats)

@@ -126,7 +126,9 @@ def apply(  # noqa: PLR0913 - what a command line may say
 
                 solved = SolvedBlocks(writer.staging / "calibration")
                 _solve(resolution, data, reader, writer, solved, workers, trust_remote_code, tell)
-                resolution = replace(resolution, problems=(*resolution.problems, *unseen_experts(solved.unseen)))
+                notes = [*unseen_experts(solved.named("unseen")), *unfollowed_tokens(solved.named("unfollowed"))]
+                notes += _untuned(solved.named("untuned"))
+                resolution = replace(resolution, problems=(*resolution.problems, *notes))
             sha256 = data.hash if data is not None else collected.data if collected is not None else UNKNOWN
             Output(resolution, layout, reader, writer, workers, solved, collected).write(begun, copied, sha256, tell=tell)
     written = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
@@ -194,6 +196,22 @@ def unseen_experts(names: Sequence[str]) -> list[Problem]:
         return []
     text = f"no token came to some experts, which were rounded without data, in {listing(names)}"
     return [Problem("QP605", text, "give more data, or say calibration: {all_experts: true}", severity="note")]
+
+
+def unfollowed_tokens(names: Sequence[str]) -> list[Problem]:
+    """A note on matrices whose statistics padding and skipped tokens are in."""
+    if not names:
+        return []
+    text = f"which tokens are given to them is not known, so that padding and skipped tokens count, in {listing(names)}"
+    return [Problem("QP238", text, "use data whose sequences are all full, without skip_tokens", severity="note")]
+
+
+def _untuned(names: Sequence[str]) -> list[Problem]:
+    """A note on parts of fused parameters whose algorithm tunes whole ones."""
+    if not names:
+        return []
+    text = f"parts of fused parameters are not tuned, and stay as the algorithm starts with them, in {listing(names)}"
+    return [Problem("QP239", text, "name the algorithm they start with in an override, such as gptq", severity="note")]
 
 
 def _calibration_data(resolution: Resolution, trust_remote_code: bool, tell: OnStep) -> CalibrationSet | None:

@@ -19,13 +19,16 @@ from quantplan.statistics import Statistics
 
 @dataclass(frozen=True)
 class Arrived:
-    """Inputs `[tokens, columns]` by batch, of the quantized chain and of the float one, whose mapping is empty where it does not
-    run. They are held: nothing else can come to lie where they do. `known`: static ranges that were found before."""
+    """Inputs `[rows, columns]` by batch, of the quantized chain and of the float one, whose mapping is empty where it does not
+    run, and of which only batches with all tokens, in order, are here. They are held: nothing else can come to lie where they do.
+    `tokens`: which of a batch the quantized chain's rows are; None: all, or not known. `known`: static ranges that were found
+    before."""
 
     quantized: Mapping[int, Tensor]
     exact: Mapping[int, Tensor]
     assignment: Assignment
     batches: Batches
+    tokens: Mapping[int, Tensor | None]
     known: Params | None = None
 
     def serves(self, quantized: Mapping[int, Tensor], assignment: Assignment) -> bool:
@@ -37,6 +40,14 @@ class Arrived:
             and all(mine[i].data_ptr() == x.data_ptr() and mine[i].shape == x.shape for i, x in quantized.items())
         )
 
+    @property
+    def counts(self) -> bool:
+        """Whether any row counts: an expert may have been given nothing but padding."""
+        return any(len(self._counted(x, i)) for i, x in self.quantized.items())
+
+    def _counted(self, x: Tensor, batch: int) -> Tensor:
+        return self.batches.counted(x, batch, self.tokens[batch])
+
     @cached_property
     def params(self) -> Params:
         """What was found for static activations; empty where they are dynamic, or none. Raises NonFinite."""
@@ -47,7 +58,9 @@ class Arrived:
             return self.known
         quantizer, observing = aq.quantizer(self.assignment.name), observer.observer()
         for i, x in self.quantized.items():
-            observing.update(self.batches.counted(x, i))
+            rows = self._counted(x, i)
+            if len(rows):
+                observing.update(rows)
         return quantizer.fit_static(observing.result(quantizer))
 
     @cached_property
@@ -63,13 +76,11 @@ class Arrived:
         """Second moments of the rounded inputs, and their drift where the same tokens came in both chains. A quantized router
         sends tokens elsewhere, so the inputs of one expert are not the same tokens, even where they are as many."""
         columns = next(iter(self.quantized.values())).shape[-1]
-        paired = all(
-            i in self.exact and self.batches.whole(x, i) and self.batches.whole(self.exact[i], i) for i, x in self.rounded.items()
-        )
+        paired = all(i in self.exact and self.batches.whole(x, i, self.tokens[i]) for i, x in self.rounded.items())
         hessian, fast = moments.SecondMoment(columns), moments.fast_dtype()
         moved = torch.zeros(columns, columns) if paired else None
         for i, inputs in self.rounded.items():
-            x = self.batches.counted(inputs, i)
+            x = self._counted(inputs, i)
             hessian.add(x)
             if moved is not None:
                 away = self.batches.counted(self.exact[i], i) - x
@@ -79,7 +90,7 @@ class Arrived:
 
     def mean(self) -> Tensor:
         """Of the rounded inputs, float32 `[columns]`."""
-        return torch.cat([self.batches.counted(x.float(), i) for i, x in self.rounded.items()]).mean(0)
+        return torch.cat([self._counted(x.float(), i) for i, x in self.rounded.items()]).mean(0)
 
 
 def round_inputs(x: Tensor, assignment: Assignment, params: Params) -> Tensor:

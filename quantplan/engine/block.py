@@ -24,6 +24,7 @@ from quantplan.kv_cache import SCALES, KVCache
 from quantplan.live.cache import CACHE, SeenCache, changing_cache, takes_cache
 from quantplan.live.experts import every_token_to_every_expert
 from quantplan.live.forward import Call
+from quantplan.live.routed import RoutedTokens
 from quantplan.live.watch import watching
 from quantplan.scheme import NonFinite, Params
 from quantplan.statistics import Statistics
@@ -48,6 +49,9 @@ class Block:
     changed: dict[str, Tensor | None] = field(default_factory=dict)  # stored tensor -> what a transform made of it
     ranges: dict[str, Params] = field(default_factory=dict)  # matrix -> what was found for its static activations
     unseen: list[str] = field(default_factory=list)  # experts that no token came to, rounded without data
+    unfollowed: list[str] = field(default_factory=list)  # matrices whose rows may be padding: of which tokens is not known
+    untuned: list[str] = field(default_factory=list)  # matrices whose algorithm tunes, that stay as they were solved
+    _tokens: dict[int, Tensor | None] = field(default_factory=dict)  # run -> which tokens the rows are that it brought last
     _places: dict[str, int] = field(default_factory=dict)  # module -> when it was first reached
     _last: Arrived | None = None
 
@@ -57,16 +61,17 @@ class Block:
         run.weights.load(self.name, run.reader)
         try:
             self.module = run.model.get_submodule(self.name)
+            self.inside = run.weights.matrices_in(self.name)
             self.changed = run.scaling(self.name, partial(self._watch, hidden))
             original = copy.deepcopy(self.module) if exact else self.module
             self.attentions = {k: v for k, v in run.attentions.items() if k.startswith(f"{self.name}.")}
             if len(self.attentions) > 1:
                 text = f"'{self.name}' has several attentions, whose keys and values cannot be told apart"
                 raise fail("QP224", text, "leave kv_cache out")
-            self.inside = run.weights.matrices_in(self.name)
-            runs = [self._forward(original, c, h) for c, h in zip(self.exact_calls, exact, strict=False)]
-            self.first = len(runs)
-            runs += [self._forward(self.module, c, h) for c, h in zip(self.calls, hidden, strict=bool(self.calls))]
+            self.first = min(len(self.exact_calls), len(exact))
+            runs = [self._forward(i, original, c, h) for i, (c, h) in enumerate(zip(self.exact_calls, exact, strict=False))]
+            both = zip(self.calls, hidden, strict=bool(self.calls))
+            runs += [self._forward(i, self.module, c, h) for i, (c, h) in enumerate(both, self.first)]
             outputs = self._lockstep(runs, [self.module, original])
             self._solve_unseen()
             if not runs:  # the model skips the block
@@ -80,14 +85,27 @@ class Block:
     def _watch(self, hidden: Sequence[Tensor], seen: Saw) -> None:
         """Runs the block, not quantized yet, on all batches; `seen` is given the tokens that count."""
         for i, (call, state) in enumerate(zip(self.calls, hidden, strict=True)):
+            routed = RoutedTokens(self.run.batches.count(i))
 
-            def see(name: str, index: int | None, inputs: Tensor, batch: int = i) -> None:
-                seen(name, index, self.run.batches.counted(inputs, batch))
+            def see(name: str, index: int | None, inputs: Tensor, batch: int = i, routed: RoutedTokens = routed) -> None:
+                tokens = routed.of(name, index, inputs)
+                self._follow((name, index), inputs, batch, tokens)
+                rows = self.run.batches.counted(inputs, batch, tokens)
+                if len(rows):  # an expert that is given padding alone was given nothing
+                    seen(name, index, rows)
 
-            with torch.no_grad(), moments.computing(), watching(self.module, see, self.name):
+            with torch.no_grad(), moments.computing(), watching(self.module, see, self.name), routed:
                 call(self.module, state)
 
-    def _forward(self, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
+    def _follow(self, point: tuple[str, int | None], inputs: Tensor, batch: int, tokens: Tensor | None) -> None:
+        """Keeps the names of the matrices at `point` where what does not count cannot be told from what does."""
+        if not self.run.batches.known(inputs, batch, tokens):
+            names = (n for n in self.inside.get(point, ()) if n in self.run.jobs and n not in self.unfollowed)
+            self.unfollowed.extend(names)
+
+    def _forward(self, number: int, module: nn.Module, call: Call, hidden: Tensor) -> Callable[[Wait[Tensor]], Tensor]:
+        batch = number if number < self.first else number - self.first
+
         def forward(wait: Wait[Tensor]) -> Tensor:
             asked = call
             for attention in self.attentions if takes_cache(module) else ():
@@ -98,15 +116,16 @@ class Block:
                 asked = replace(call, options={**call.options, CACHE: SeenCache(None, cached)})
 
             def seen(name: str, index: int | None, inputs: Tensor) -> Tensor | None:
+                tokens = routed.of(name, index, inputs)
                 if (name, index) not in self.inside:
                     return None
-                given = cast(inputs)
+                given, self._tokens[number] = cast(inputs), tokens
                 answer = wait((name, index), given)
                 return None if answer is given else answer
 
-            cast = _Cast(moments.fast_dtype())
+            cast, routed = _Cast(moments.fast_dtype()), RoutedTokens(self.run.batches.count(batch))
             torch.set_num_threads(1)  # of this thread: as many of them run as there are cores
-            with torch.no_grad(), moments.computing(), watching(module, seen, self.name):
+            with torch.no_grad(), moments.computing(), watching(module, seen, self.name), routed:
                 return self.run.kept(asked(module, hidden).float())
 
         return forward
@@ -145,7 +164,13 @@ class Block:
         if arrived is None:
             return inputs
         unsolved = [n for n in names if n not in self.solved]
+        if unsolved and not arrived.counts:
+            for name in unsolved:
+                self._solve(name, None)
+            return inputs
         needs = any(self.run.jobs[n].assignment.algorithm.needs for n in unsolved)
+        for i, x in arrived.quantized.items() if unsolved and (needs or arrived.params) else ():
+            self._follow(point, x, i, arrived.tokens[i])
         statistics = arrived.statistics if needs else None
         for name in unsolved:
             solve = partial(self._solve, name, statistics)
@@ -178,10 +203,12 @@ class Block:
             return last if quantized else None
         self._last = last = None  # its statistics are not held while the next ones are made
         self._give_back(quantized)
-        exact = {i: x for i, x in inputs.items() if i < self.first}
-        made = Arrived(quantized, exact, assignment, self.run.batches, self.ranges.get(name))
+        batches, tokens = self.run.batches, {i: self._tokens[i + self.first] for i in quantized}
+        exact = {i: x for i, x in inputs.items() if i < self.first and batches.whole(x, i, self._tokens[i])}
+        made = Arrived(quantized, exact, assignment, batches, tokens, self.ranges.get(name))
         try:
-            made.rounded  # noqa: B018  computed once, here, where the name is known
+            if made.counts or made.known is not None:
+                made.rounded  # noqa: B018  computed once, here, where the name is known
         except NonFinite:
             raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
         self._last = made
@@ -220,21 +247,27 @@ class Block:
 
     def _tune(self, hidden: Sequence[Tensor], targets: Sequence[Tensor], original: nn.Module) -> list[Tensor]:
         """Hands the solved block to the algorithm that tunes, for its matrices; the hidden states after it, or nothing where
-        nothing was changed. Slabs of fused parameters stay as they were solved."""
+        nothing was changed. Parts of fused parameters stay as they were solved: the gradient of each would be as large as all."""
         run = self.run
         chosen: dict[Algorithm, dict[str, str]] = {}
         for name in self.solved:
             places = run.weights.place_of(run.jobs[name].matrix)
+            algorithm, parameter = run.jobs[name].assignment.algorithm, places[0].parameter
+            if not algorithm.tunes:
+                continue
             whole = len(places) == 1 and places[0].index is None and not places[0].transposed
-            if run.jobs[name].assignment.algorithm.tunes and whole and places[0].rows == len(places[0].view(run.model)):
-                parameter = places[0].parameter.removeprefix(f"{self.name}.")
-                chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = parameter
+            if whole and places[0].rows == len(run.model.get_parameter(parameter)):
+                chosen.setdefault(algorithm, {})[name] = parameter.removeprefix(f"{self.name}.")
+            else:
+                self.untuned.append(name)
         changed: dict[str, QuantizedTensor] = {}
         with self._rounding():
             for algorithm, parameters in chosen.items():
                 weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
                 started = {n: self.solved[n] for n in parameters}
-                problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, moments.computing)
+                data = (self.calls, hidden, targets)
+                how = (moments.computing, run.batches.counted)
+                problem = TunedBlock(self.module, *data, parameters, weights, started, *how)
                 tuned = algorithm.tune(problem)
                 for name, made in tuned.items():
                     self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))

@@ -28,7 +28,7 @@ from quantplan.engine.scaling import Scaling
 from quantplan.engine.solved import SolvedBlocks
 from quantplan.errors import fail
 from quantplan.live.blocks import find_blocks
-from quantplan.live.experts import routed_experts
+from quantplan.live.experts import check_all_experts
 from quantplan.live.forward import Forward
 from quantplan.live.skeleton import skeleton
 from quantplan.live.weights import Weights
@@ -100,7 +100,9 @@ class Run:
         self.has_float = any("drift" in a.algorithm.needs or a.algorithm.tunes for a in resolution.quantized)
         self.batches = Batches(data, self.model.config)
         self._check_places(resolution)
-        self._check_experts(resolution)
+        self._check_products()
+        if self.all_experts:
+            check_all_experts(self.model, self.stacks.names, checkpoint.source)
         treated, dtype = {name: job.assignment for name, job in self.jobs.items()}, resolution.plan.output.dtype
         self.correcting = Correcting(resolution.transforms, (job.matrix for job in self.jobs.values()), self.weights)
         self.scaling = Scaling(resolution.transforms, treated, self.weights, self.stacks, self.forward, reader, dtype)
@@ -126,11 +128,16 @@ class Run:
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
                     raise fail("QP224", text, advice)
 
-    def _check_experts(self, resolution: Resolution) -> None:
-        """Raises QP224 for `all_experts` where no experts are called as transformers calls them."""
-        if self.all_experts and not any(routed_experts(self.model.get_submodule(name)) for name in self.stacks.names):
-            text = "the model has no experts that could be given every token"
-            raise fail("QP224", text, "leave out calibration: all_experts", file=resolution.checkpoint.source)
+    def _check_products(self) -> None:
+        """Raises QP113 for matrices that the model's code multiplies as one, whose inputs would be rounded in several ways."""
+        inside = (names for block in self.stacks.names for names in self.weights.matrices_in(block).values())
+        for names in inside:
+            treated = {n: (job.assignment.aq, job.assignment.observer) for n in names if (job := self.jobs.get(n)) is not None}
+            ways = {n: treated.get(n, (None, None)) for n in names}
+            other = next((n for n in names if ways[n] != ways[names[0]]), None)
+            if other is not None:
+                text = f"the model multiplies '{names[0]}' and '{other}' as one, and their activations are treated differently"
+                raise fail("QP113", text, "give them one aq, or algorithms without calibration to all matrices")
 
     def _largest(self, matrix: Matrix) -> Tensor:
         """`max |w|` of a matrix in the loaded block, as transforms left it."""
@@ -172,7 +179,8 @@ class Run:
                 following |= {f"end.{i}": e for i, e in enumerate(ends)} | {f"exact_end.{i}": e for i, e in enumerate(exact_ends)}
                 states = {key: t for part, ts in following.items() for key, t in _packed(ts, part).items()}
                 seconds = time.monotonic() - started
-                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3), "unseen": block.unseen}
+                facts = {"name": name, "losses": block.losses, "seconds": round(seconds, 3)}
+                facts |= {"unseen": block.unseen, "unfollowed": block.unfollowed, "untuned": block.untuned}
                 number += 1
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
                 yield SolvedBlock(name, number, total, block.losses, seconds)

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from quantplan.calibration.read import CalibrationSet, read_calibration
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.engine import moments
-from quantplan.engine.apply import check_target, with_weights
+from quantplan.engine.apply import check_target, unfollowed_tokens, with_weights
 from quantplan.engine.batches import Batches
 from quantplan.engine.collected import StatisticsWriter
 from quantplan.engine.progress import OnStep, Step
 from quantplan.errors import Problem, QuantplanError
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
-from quantplan.live.experts import every_token_to_every_expert
+from quantplan.live.experts import check_all_experts, every_token_to_every_expert
 from quantplan.live.forward import Call, Forward
+from quantplan.live.routed import RoutedTokens
 from quantplan.live.skeleton import skeleton
 from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
@@ -61,13 +62,17 @@ def collect(
     """Statistics of the inputs of every matrix in the blocks of `model`, for the data that `plan` names, into the folder `out`,
     which is absent or whole at every moment. Nothing else of the plan matters.
 
-    Raises QuantplanError: bad plan, data or checkpoint (QP1xx to QP3xx), output exists or is locked (QP5xx).
+    Raises QuantplanError: bad plan, data or checkpoint (QP1xx to QP3xx; QP224 for `all_experts` where there are none), output
+    exists or is locked (QP5xx).
     """
     tell: OnStep = on_step or (lambda step: None)
     loaded, target = load_plan(plan), Path(out)
     source = with_weights(read_checkpoint(model, revision))
     check_target(target, source.require_path())
     settings = loaded.plan.calibration or Calibration()
+    network = skeleton(source.require_path(), trust_remote_code, torch.float32)
+    if settings.all_experts:
+        check_all_experts(network, find_blocks(network).names, source.source)
     with StatisticsWriter(target).opened() as writer:
         try:
             data = read_calibration(
@@ -80,12 +85,12 @@ def collect(
         except QuantplanError as error:
             raise QuantplanError(loaded.locate(p) for p in error.problems) from None
         with TensorReader(source.require_path(), source.tensors) as reader:
-            weights = Weights(skeleton(source.require_path(), trust_remote_code, torch.float32), source)
+            weights = Weights(network, source)
             run = _Collecting(weights, reader, data, settings.all_experts)
             run.blocks(writer, tell)
         writer.publish(source, settings, data.hash)
     size = sum(p.stat().st_size for p in target.iterdir())
-    notes = tuple(loaded.locate(p) for p in data.notes)
+    notes = tuple(loaded.locate(p) for p in (*data.notes, *unfollowed_tokens(run.unfollowed)))
     return Collected(target, run.total, run.inputs, run.matrices, data.counted, size, notes)
 
 
@@ -97,6 +102,7 @@ class _Collecting:
         self.stacks = find_blocks(weights.model)
         self.batches = Batches(data, weights.model.config)
         self.total, self.inputs, self.matrices = len(self.stacks.names), 0, 0
+        self.unfollowed: list[str] = []
 
     def blocks(self, writer: StatisticsWriter, tell: Callable[[Step], None]) -> None:
         """Goes through all blocks, in order."""
@@ -126,21 +132,22 @@ class _Collecting:
             self._forward(module, name, call, state, seen, i) for i, (call, state) in enumerate(zip(calls, hidden, strict=True))
         ]
         found, matrices = seen.finished()
+        self.unfollowed.extend(seen.unfollowed)
         writer.add(number, found, matrices)
         self.inputs, self.matrices = self.inputs + len(found), self.matrices + sum(map(len, matrices.values()))
         return after
 
     def _forward(self, module: nn.Module, name: str, call: Call, hidden: Tensor, seen: _Seen, batch: int) -> Tensor:
-        last = _Last()
+        last, routed = _Last(), RoutedTokens(self.batches.count(batch))
 
         def see(parameter: str, index: int | None, inputs: Tensor) -> None:
-            point = (parameter, index)
+            point, tokens = (parameter, index), routed.of(parameter, index, inputs)
             if not (self.all_experts and point in last.slabs):  # the call that follows those with every token counts no more
-                seen(last, point, inputs, batch)
+                seen(last, point, inputs, batch, tokens)
             if index is not None:
                 last.slabs.add(point)
 
-        with moments.computing(), watching(module, see, name):
+        with moments.computing(), watching(module, see, name), routed:
             if not self.all_experts:
                 return call(module, hidden).float()
             with every_token_to_every_expert(module):
@@ -167,15 +174,18 @@ class _Seen:
         self._leaders: dict[Point, Point] = {}  # point -> the first that is given the same inputs
         self._hessians: dict[Point, moments.SecondMoment] = {}
         self._absmax: dict[Point, Tensor] = {}
+        self.unfollowed: dict[str, None] = {}  # matrices whose rows may be padding: of which tokens is not known
 
-    def __call__(self, last: _Last, point: Point, inputs: Tensor, batch: int) -> None:
+    def __call__(self, last: _Last, point: Point, inputs: Tensor, batch: int, tokens: Tensor | None) -> None:
         if point not in self._inside:
             return
+        if not self._batches.known(inputs, batch, tokens):
+            self.unfollowed |= dict.fromkeys(self._inside[point])
         same = last.inputs is not None and last.inputs.data_ptr() == inputs.data_ptr() and last.inputs.shape == inputs.shape
         leader = self._leaders.setdefault(point, last.leader if same and last.leader is not None else point)
         if not same:
             last.inputs, last.leader = inputs, leader
-        x = self._batches.counted(inputs.float(), batch)
+        x = self._batches.counted(inputs.float(), batch, tokens)
         if leader != point or not len(x):
             return
         columns = x.shape[-1]

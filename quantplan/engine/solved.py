@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -86,10 +86,10 @@ class SolvedBlocks:
         except (OSError, KeyError, TypeError):
             return False
 
-    @property
-    def unseen(self) -> list[str]:
-        """The experts that no token came to."""
-        return [name for line in self.done for name in line.get("unseen", ())]
+    def named(self, fact: Literal["unseen", "unfollowed", "untuned"]) -> list[str]:
+        """The matrices of which a block says so: experts that no token came to; what may have been given padding that counted;
+        what an algorithm that tunes left as it was solved."""
+        return [name for line in self.done for name in line.get(fact, ())]
 
     def __contains__(self, matrix: object) -> bool:
         return matrix in self._files

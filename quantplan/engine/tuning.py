@@ -25,13 +25,15 @@ class TunedBlock:
     weights: Mapping[str, Tensor]
     started: Mapping[str, QuantizedTensor]
     compute: Callable[[], Any]  # the context products are computed in
+    counted: Callable[[Tensor, int], Tensor]  # of `[rows, features]` of a batch, the rows that count
 
     @property
     def batches(self) -> int:
         return len(self.calls)
 
     def loss(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """The mean squared error of the block's outputs for one batch, 0-d, when its matrices are `weights`."""
+        """The mean squared error of the block's outputs for one batch, 0-d, when its matrices are `weights`: over the tokens that
+        count, so not over what the block makes of padding."""
         changed = {self.parameters[name]: weight for name, weight in weights.items()}
 
         def block(*arguments: Any, **options: Any) -> Any:
@@ -39,4 +41,5 @@ class TunedBlock:
 
         with self.compute():
             made = self.calls[batch](block, self.hidden[batch])
-        return torch.nn.functional.mse_loss(made.float(), self.targets[batch])
+        made, target = (self.counted(t.flatten(0, -2), batch) for t in (made.float(), self.targets[batch]))
+        return torch.nn.functional.mse_loss(made, target)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantplan.errors import fail
+
 # how transformers' experts call the experts chosen for each token, and their weights
 CHOICES = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
 
@@ -23,6 +25,13 @@ def routed_experts(block: nn.Module) -> dict[str, int]:
         if len(slabs) == 1 and _choice(inspect.signature(part.forward).parameters) is not None:
             found[name] = slabs.pop()
     return found
+
+
+def check_all_experts(model: nn.Module, blocks: Iterable[str], source: str) -> None:
+    """Raises QP224 where no experts in `blocks` are called as transformers calls them."""
+    if not any(routed_experts(model.get_submodule(name)) for name in blocks):
+        text = "the model has no experts that could be given every token"
+        raise fail("QP224", text, "leave out calibration: all_experts", file=source)
 
 
 def _choice(names: Iterable[str]) -> tuple[str, str] | None:
