@@ -25,6 +25,7 @@ from quantplan.live.cache import CACHE, SeenCache, changing_cache, takes_cache
 from quantplan.live.experts import every_token_to_every_expert
 from quantplan.live.forward import Call
 from quantplan.live.watch import watching
+from quantplan.live.weights import Place
 from quantplan.scheme import NonFinite, Params
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
@@ -222,22 +223,23 @@ class Block:
         """Hands the solved block to the algorithm that tunes, for its matrices; the hidden states after it, or nothing where
         nothing was changed. Slabs of fused parameters stay as they were solved."""
         run = self.run
-        chosen: dict[Algorithm, dict[str, str]] = {}
+        chosen: dict[Algorithm, dict[str, Place]] = {}
         for name in self.solved:
-            places = run.weights.place_of(run.jobs[name].matrix)
-            whole = len(places) == 1 and places[0].index is None and not places[0].transposed
-            if run.jobs[name].assignment.algorithm.tunes and whole and places[0].rows == len(places[0].view(run.model)):
-                parameter = places[0].parameter.removeprefix(f"{self.name}.")
-                chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = parameter
+            place, *others = run.weights.place_of(run.jobs[name].matrix)
+            alone = not others and place.index is None
+            whole = alone and place.view(run.model).numel() == run.model.get_parameter(place.parameter).numel()
+            if run.jobs[name].assignment.algorithm.tunes and whole:
+                inside = replace(place, parameter=place.parameter.removeprefix(f"{self.name}."))
+                chosen.setdefault(run.jobs[name].assignment.algorithm, {})[name] = inside
         changed: dict[str, QuantizedTensor] = {}
         with self._rounding():
-            for algorithm, parameters in chosen.items():
-                weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
-                started = {n: self.solved[n] for n in parameters}
-                problem = TunedBlock(self.module, self.calls, hidden, targets, parameters, weights, started, moments.computing)
+            for algorithm, places in chosen.items():
+                weights = {n: p.view(original).float() for n, p in places.items()}
+                started = {n: self.solved[n] for n in places}
+                problem = TunedBlock(self.module, self.calls, hidden, targets, places, weights, started, moments.computing)
                 tuned = algorithm.tune(problem)
                 for name, made in tuned.items():
-                    self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))
+                    places[name].view(self.module).copy_(made.scheme.quantizer().dequantize(made))
                 changed |= tuned
             self.solved |= changed
             if not changed:
