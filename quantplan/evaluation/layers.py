@@ -26,8 +26,8 @@ class OutputError:
 
 
 class OutputErrors:
-    """Watches a model beside its reference: every decoder block, and every `nn.Linear` or `Conv1D` of the reference that is in one,
-    by name.
+    """Watches a model beside its reference: every decoder block, and every `nn.Linear` or `Conv1D` of the reference that is in
+    one, by name.
 
     A module counts where it gives outputs of the same shape in both; experts that were given other tokens do not.
     """
