@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,15 +32,13 @@ from quantplan.algorithms.gptq import GPTQ
 from quantplan.checkpoint import durable
 from quantplan.checkpoint.durable import remove
 from quantplan.checkpoint.layout import output_layout
-from quantplan.checkpoint.reader import TensorReader
 from quantplan.checkpoint.writer import staging_of
 from quantplan.engine import calibrated, memory, moments
-from quantplan.engine.apply import Report, apply, prepare
+from quantplan.engine.apply import apply, prepare
 from quantplan.engine.progress import Step
 from quantplan.engine.tuning import TunedBlock
 from quantplan.errors import QuantplanError
 from quantplan.estimate import Estimate, estimate
-from quantplan.format import FORMATS
 from quantplan.headers import read_checkpoint
 from quantplan.live.experts import every_token_to_every_expert, routed_experts
 from quantplan.live.skeleton import model_class
@@ -53,10 +50,10 @@ transformers.logging.set_verbosity_error()
 TOKENS = (6, 24)
 IDS = torch.randint(3, 120, TOKENS, generator=torch.Generator().manual_seed(0))
 OUTSIDE = ["cls.*", "*pooler*", "*.embedding_hidden_mapping_in"]  # of an encoder, beside its blocks
-# no text goes in, or no block follows another, or nothing in it is quantized by default
+# no text goes in, or no block follows another
 REFUSED = {
     **{"whisper": "QP134 .*audio", "swin": "QP134 .*images", "vit": "QP134 .*images"},
-    **{"albert": "QP224 ", "gpt2": "QP119"},
+    "albert": "QP224 .*comes out of turn",
 }
 ACCEPTED = [name for name in zoo.ZOO if name not in REFUSED]
 
@@ -77,45 +74,13 @@ def plan_for(folder: Path, wq: Any = "int4", algorithm: Any = "gptq", **calibrat
     }
 
 
-def decoded(out: Path, report: Report) -> dict[str, Tensor]:
-    """Every quantized matrix of an output by name, as the format says."""
-    output, made = FORMATS.get("compressed-tensors")(), read_checkpoint(out)
-    found = {}
-    with TensorReader(out, made.tensors) as reader:
-        for assignment in report.resolution.quantized:
-            assert assignment.wq is not None
-            for matrix in assignment.matrices:
-                stored = output.decode(matrix, assignment.wq, assignment.aq, reader.read)
-                found[matrix.name] = assignment.wq.quantizer().dequantize(stored)
-    return found
-
-
-def fake_quantized(path: Path, out: Path, report: Report) -> Any:
-    """The float model, with the values of the output's matrices put into the checkpoint's tensors."""
-    from safetensors.torch import load_file
-
-    values, tensors = decoded(out, report), load_file(path / "model.safetensors")
-    for assignment in report.resolution.quantized:
-        for matrix in assignment.matrices:
-            tensor = tensors[matrix.tensor] if matrix.index is None else tensors[matrix.tensor][matrix.index]
-            rows = (tensor.t() if matrix.transposed else tensor)[matrix.first : matrix.first + matrix.rows]
-            rows.copy_(values[matrix.name])
-    copy = out.with_name(f"{out.name}-fake")
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(path, copy)
-    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    model = model_class(read_checkpoint(path).config).from_pretrained(copy, dtype=torch.float32).eval()
-    shutil.rmtree(copy)
-    return model
-
-
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_an_output_computes_what_was_calibrated(folder: Path, tmp_path: Path, name: str) -> None:
     path, out = zoo.build(name, folder), tmp_path / "out"
     steps: list[Step] = []
-    report = apply(path, plan_for(folder), out, on_step=steps.append)
+    report = apply(path, {**plan_for(folder), "output": {"format": zoo.output_format(name)}}, out, on_step=steps.append)
     assert [s.block.number for s in steps if s.block] == list(range(1, steps[0].total + 1))
-    reference = fake_quantized(path, out, report)
+    reference = zoo.fake_quantized(path, out, report)
     inputs = zoo.inputs(reference)
     with torch.no_grad():
         expected = reference(**inputs).logits
@@ -146,6 +111,32 @@ def test_what_cannot_be_calibrated_is_refused_by_name(folder: Path, tmp_path: Pa
     with pytest.raises(QuantplanError, match=REFUSED[name]):
         apply(path, plan_for(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("gemma2", {"transforms": ["rotation"]}, "QP226 transform 'rotation'"),
+        ("llama", {"transforms": ["bias_correction"]}, "QP226 .* finds no bias"),
+        ("t5", {"transforms": ["rotation"]}, "QP(122|226) "),
+        ("bert", {"overrides": []}, "QP224 .* is outside"),
+        ("albert", {}, "QP224 .*comes out of turn"),
+        ("llama", {"calibration": {"all_experts": True}}, "QP224 .*no experts"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_data_are_read(
+    folder: Path, tmp_path: Path, name: str, change: dict[str, Any], says: str
+) -> None:
+    plan = {**plan_for(folder), "output": {"format": "quantplan"}, **change}
+    plan["calibration"] = {**plan["calibration"], "source": str(tmp_path / "none.txt")}  # who reads it says QP130
+    steps: list[Step] = []
+    with pytest.raises(QuantplanError, match=says):
+        apply(zoo.build(name, folder), plan, tmp_path / "out", on_step=steps.append)
+    assert not steps and not list(tmp_path.iterdir())
+    plan["calibration"]["source"] = "self"
+    with pytest.raises(QuantplanError, match="QP134" if name in ("t5", "bert", "albert") else says):
+        apply(zoo.build(name, folder), plan, tmp_path / "out", on_step=steps.append)
+    assert not steps
 
 
 def test_matrices_outside_of_the_blocks_are_named(folder: Path, tmp_path: Path) -> None:
@@ -234,7 +225,7 @@ def test_later_matrices_see_the_quantized_model_and_know_the_drift(
 ) -> None:
     path = zoo.build("llama", folder)
     report = apply(path, plan_for(folder, "int3", skip_tokens=0), tmp_path / "out")
-    quantized = fake_quantized(path, tmp_path / "out", report)
+    quantized = zoo.fake_quantized(path, tmp_path / "out", report)
     quantized.save_pretrained(tmp_path / "quantized")
     float_inputs, inputs = hooked(path), hooked(tmp_path / "quantized")
     for matrix, (_, statistics) in recorded.items():
@@ -312,9 +303,9 @@ def test_experts_that_no_token_comes_to_are_rounded_and_named(
     (note,) = [p for p in report.resolution.notes if p.code == "QP605"]
     assert "9 modules: model.layers.0" in note.message and ".experts.1." in note.message
     assert "all_experts" in note.help and note.as_dict() in report.as_dict()["notes"]
-    rounded = decoded(tmp_path / "out", report)
+    rounded = zoo.decoded(tmp_path / "out", report)
     plain = apply(path, plan_for(folder, algorithm="rtn"), tmp_path / "rtn")
-    for name, values in decoded(tmp_path / "rtn", plain).items():
+    for name, values in zoo.decoded(tmp_path / "rtn", plain).items():
         assert torch.equal(values, rounded[name]) == (".experts.1." in name), name
 
 
@@ -343,7 +334,7 @@ def test_all_experts_see_all_tokens(
     assert counts == {TOKENS[0] * TOKENS[1]}
     first = [s for n, (_, s) in recorded.items() if n.startswith("model.layers.0.") and n.endswith("w1")]
     assert len(first) == 4 and all(torch.equal(s.hessian, first[0].hessian) for s in first)
-    reference = fake_quantized(path, tmp_path / "out", report)
+    reference = zoo.fake_quantized(path, tmp_path / "out", report)
     with torch.no_grad():
         expected = reference(IDS).logits
         found = quantplan.load(tmp_path / "out", dtype=torch.float32).eval()(IDS).logits
@@ -391,7 +382,7 @@ def test_a_decoder_reads_what_the_quantized_encoder_writes(
 ) -> None:
     path = zoo.build(name, folder)
     report = apply(path, plan_for(folder, "int3", skip_tokens=0), tmp_path / "out")
-    fake_quantized(path, tmp_path / "out", report).save_pretrained(tmp_path / "quantized")
+    zoo.fake_quantized(path, tmp_path / "out", report).save_pretrained(tmp_path / "quantized")
     quantized, plain = hooked(tmp_path / "quantized"), hooked(path)
     crossed = [n for n in recorded if "EncDecAttention.k" in n or "encoder_attn.k_proj" in n]
     assert crossed
@@ -626,7 +617,7 @@ def test_a_tuned_block_computes_as_the_lockstep_did(
     for algorithm in ("gptq", "autoround"):
         plan = plan_for(folder, algorithm=algorithm)
         plan["default"]["aq"], plan["kv_cache"] = aq, "fp8"
-        made[algorithm] = decoded(tmp_path / algorithm, apply(path, plan, tmp_path / algorithm))
+        made[algorithm] = zoo.decoded(tmp_path / algorithm, apply(path, plan, tmp_path / algorithm))
     assert made["gptq"].keys() == made["autoround"].keys()
     for name, values in made["gptq"].items():
         assert torch.equal(values, made["autoround"][name]), name

@@ -319,7 +319,12 @@ def test_what_a_tokenizer_adds_stands_between_documents(tmp_path: Path) -> None:
         model = make_model(tmp_path / str(number), adds)
         assert rows(read_rows(model, tmp_path, "a.jsonl", sequence_length=5, shuffle=False)) == found, adds
     assert Encoder.of(tmp_path / "2").specials == Specials((1,), (2,), (2, 1))
-    raised("QP105", read_rows, tmp_path / "2", tmp_path, "a.jsonl", sequence_length=2)
+    text = raised("QP105", read_rows, tmp_path / "2", tmp_path, "a.jsonl", sequence_length=2)
+    assert "sequences of 2 tokens have no room beside the 2 special tokens" in text
+    (tmp_path / "long").mkdir()
+    many = make_model(tmp_path / "long" / "model", "<s> <s> <s> $A </s>")
+    text = raised("QP105", read_rows, many, tmp_path, "a.jsonl", sequence_length=3)
+    assert "sequences of 3 tokens have no room beside the 4 special tokens" in text
 
 
 def test_chats_go_through_the_template(model: Path, with_begin: Path, tmp_path: Path) -> None:
@@ -426,6 +431,11 @@ def test_positions_bound_the_length(tmp_path: Path) -> None:
     assert read_calibration(Calibration(source="data.txt", samples=2), model, tmp_path).length == 32
     text = raised("QP133", read_rows, model, tmp_path, "data.txt", sequence_length=33)
     assert "sequences of 33 tokens are longer than the model's 32 positions" in text
+    save_file({"input_ids": torch.ones(3, 33, dtype=torch.int64)}, tmp_path / "ids.safetensors")
+    text = raised("QP133", read_calibration, Calibration(source="ids.safetensors", samples=2), model, tmp_path)
+    assert "ids.safetensors" in text and "holds sequences of 33 tokens, the model has 32 positions" in text
+    save_file({"input_ids": torch.ones(3, 32, dtype=torch.int64)}, tmp_path / "ids.safetensors")
+    assert read_calibration(Calibration(source="ids.safetensors", samples=2), model, tmp_path).length == 32
     assert length_for(Calibration(), T5Config(n_positions=16).to_dict()) == 512
     assert length_for(Calibration(), {"model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}) == 512
     assert length_for(Calibration(), {"model_type": "roberta", "max_position_embeddings": 66, "pad_token_id": 1}) == 64

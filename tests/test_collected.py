@@ -14,7 +14,7 @@ import transformers
 import zoo
 from checkpoints import tree
 from safetensors.torch import load_file, save_file
-from test_calibrated import IDS, OUTSIDE, decoded, fake_quantized, hooked, starve
+from test_calibrated import IDS, OUTSIDE, hooked, starve
 from typer.testing import CliRunner
 
 import quantplan
@@ -111,14 +111,14 @@ def test_any_plan_may_use_them(folder: Path, tmp_path: Path, stats: Path, monkey
         assert report.written == report.estimate.output_bytes
         recorded = json.loads((out / "quantplan.json").read_text())["calibration"]
         assert recorded["source"] == "ids.safetensors" and recorded["sha256"] == CollectedStatistics(stats).data
-        whole, loaded = fake_quantized(path, out, report), quantplan.load(out, dtype=torch.float32).eval()
+        whole, loaded = zoo.fake_quantized(path, out, report), quantplan.load(out, dtype=torch.float32).eval()
         with torch.no_grad():
             torch.testing.assert_close(loaded(IDS).logits, whole(IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_matrices_are_solved_with_their_own_statistics(folder: Path, tmp_path: Path, stats: Path) -> None:
     path, out = zoo.build("llama", folder), tmp_path / "out"
-    values = decoded(out, apply(path, plan("int3"), out, statistics=stats))
+    values = zoo.decoded(out, apply(path, plan("int3"), out, statistics=stats))
     weights, found = load_file(path / "model.safetensors"), CollectedStatistics(stats)
     quantizer = SCHEMES.get("int3")(granularity="channel").quantizer()
     for name in ("model.layers.2.mlp.down_proj", "model.layers.0.self_attn.v_proj"):

@@ -34,6 +34,9 @@ def test_every_name_is_documented() -> None:
     schemes = (ROOT / "docs/schemes.md").read_text()
     for member in (*SCHEMES, *ALGORITHMS):
         assert f"\n## {member.name}\n" in schemes
+    choice = (ROOT / "docs/algorithms.md").read_text()
+    for algorithm in ALGORITHMS:
+        assert f"\n| `{algorithm.name}` |" in choice
     pages = (ROOT / "docs/transforms.md").read_text()
     for transform in TRANSFORMS:
         assert f"\n## transform {transform.name}\n" in schemes and f"| `{transform.name}` |" in pages

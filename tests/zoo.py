@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quantplan.checkpoint.reader import TensorReader
+from quantplan.engine.apply import Report
+from quantplan.format import FORMATS
+from quantplan.headers import read_checkpoint
+from quantplan.live.skeleton import model_class
 
 TEXT: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 128, "max_position_embeddings": 64},
@@ -165,3 +174,38 @@ def inputs(model: Any, batch: int = 2, tokens: int = 12, seed: int = 0) -> dict[
         features = torch.randn(batch, config.num_mel_bins, length, generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
     return {"input_ids": ids, "decoder_input_ids": ids.flip(1)} if config.is_encoder_decoder else {"input_ids": ids}
+
+
+def output_format(name: str) -> str:
+    """The format of an output of an architecture: the default, or, for what only quantplan's own can hold, that."""
+    return "quantplan" if name == "gpt2" else "compressed-tensors"
+
+
+def decoded(out: Path, report: Report) -> dict[str, Tensor]:
+    """Every quantized matrix of an output by name, as the format says."""
+    output, made = FORMATS.get(report.resolution.plan.output.format)(), read_checkpoint(out)
+    found = {}
+    with TensorReader(out, made.tensors) as reader:
+        for assignment in report.resolution.quantized:
+            assert assignment.wq is not None
+            for matrix in assignment.matrices:
+                stored = output.decode(matrix, assignment.wq, assignment.aq, reader.read)
+                found[matrix.name] = assignment.wq.quantizer().dequantize(stored)
+    return found
+
+
+def fake_quantized(path: Path, out: Path, report: Report) -> Any:
+    """The float model, with the values of the output's matrices put into the checkpoint's tensors."""
+    values, tensors = decoded(out, report), load_file(path / "model.safetensors")
+    for assignment in report.resolution.quantized:
+        for matrix in assignment.matrices:
+            tensor = tensors[matrix.tensor] if matrix.index is None else tensors[matrix.tensor][matrix.index]
+            rows = (tensor.t() if matrix.transposed else tensor)[matrix.first : matrix.first + matrix.rows]
+            rows.copy_(values[matrix.name])
+    copy = out.with_name(f"{out.name}-fake")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(path, copy)
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    model = model_class(read_checkpoint(path).config).from_pretrained(copy, dtype=torch.float32).eval()
+    shutil.rmtree(copy)
+    return model

@@ -18,7 +18,7 @@ from quantplan.calibration.written import written
 from quantplan.errors import Problem, QuantplanError, errors_in, fail
 from quantplan.headers import read_config
 from quantplan.models.modules import text_config
-from quantplan.plan.calibration import KEY, TOKEN_IDS, check_fit, check_source, extension, length_for
+from quantplan.plan.calibration import KEY, TOKEN_IDS, check_fit, check_source, extension, length_for, positions
 from quantplan.plan.schema import SELF, Calibration
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def read_calibration(
         begin = [token for key in ("bos_token_id", "eos_token_id") for token in _entries(config, key)]
         rows, name, specials = written(settings, model, length, begin, on_step, device, trust_remote_code), SELF, Specials()
     elif extension(settings.source) == TOKEN_IDS:
-        rows, name, specials = _stored(settings, base, length)
+        rows, name, specials = _stored(settings, base, length, positions(config))
     else:
         rows, name, specials = _tokenized(settings, base, length, Encoder.of(model, trust_remote_code))
     return _finished(rows, settings, config, name, specials)
@@ -109,8 +109,8 @@ def _upto(lengths: Tensor, columns: int) -> Tensor:
     return torch.arange(columns) < lengths[:, None]
 
 
-def _stored(settings: Calibration, base: Path, length: int) -> tuple[list[list[int]], str, Specials]:
-    """The rows of a file of ids as they are; one long row is cut."""
+def _stored(settings: Calibration, base: Path, length: int, most: int | None) -> tuple[list[list[int]], str, Specials]:
+    """The rows of a file of ids as they are; one long row is cut. `most`: the positions of the model."""
     path = base / Path(settings.source).expanduser()
     ids = stored_ids(path)
     if ids.ndim == 1:
@@ -120,6 +120,9 @@ def _stored(settings: Calibration, base: Path, length: int) -> tuple[list[list[i
         if "sequence_length" in settings.model_fields_set and ids.shape[1] != length:
             message = f"holds sequences of {ids.shape[1]:,} tokens, sequence_length says {length:,}"
             raise fail("QP130", message, "leave sequence_length out: stored ids are taken as they are", file=str(path))
+        if most is not None and ids.shape[1] > most:
+            message = f"holds sequences of {ids.shape[1]:,} tokens, the model has {most:,} positions"
+            raise fail("QP133", message, f"store sequences of {most} tokens or less, or one row, which is cut", file=str(path))
         rows = ids.tolist()
     return _chosen(rows, settings), path.name, Specials()
 
@@ -129,7 +132,8 @@ def _tokenized(settings: Calibration, base: Path, length: int, encoder: Encoder)
     documents, name = find_documents(settings, base)
     specials = encoder.specials
     if length <= len(specials.prefix) + len(specials.suffix):
-        message = f"sequences of {length} tokens have no room beside the {length} special tokens that the tokenizer adds"
+        added = len(specials.prefix) + len(specials.suffix)
+        message = f"sequences of {length} tokens have no room beside the {added} special tokens that the tokenizer adds"
         raise QuantplanError(Problem("QP105", message, "give a larger sequence_length", (KEY, "sequence_length")))
     rows = cut(_stream(documents, encoder, settings, length), length, specials)
     _check_enough(rows, length, name)

@@ -27,6 +27,7 @@ from quantplan.plan.resolve import Resolution, resolve
 
 if TYPE_CHECKING:
     from quantplan.calibration.read import CalibrationSet
+    from quantplan.engine.calibrated import Run
     from quantplan.engine.collected import CollectedStatistics
     from quantplan.engine.solved import SolvedBlocks
 
@@ -108,24 +109,26 @@ def apply(  # noqa: PLR0913 - what a command line may say
         copied = side_files(source)
         begun = fingerprint(resolution, layout)
     check_environment(predicted, target)
-    data = _calibration_data(resolution, trust_remote_code, tell) if collected is None else None
     if collected is not None:
         begun = {**begun, "calibration": collected.sha256}
-    if data is not None:
-        resolution = replace(resolution, problems=(*resolution.problems, *map(resolution.loaded.locate, data.notes)))
-        begun = {**begun, "calibration": data.hash}
-    with (
-        reading_rewritten(resolution, trust_remote_code) as reader,  # refuses models before anything is written
-        CheckpointWriter(target, layout, begun, overwrite, restart) as writer,
-    ):
+    with contextlib.ExitStack() as stack:
+        # refuses models before data are read, which may take long, or anything is written
+        reader = stack.enter_context(reading_rewritten(resolution, trust_remote_code))
+        run = data = None
+        if resolution.takes_data and collected is None:
+            run = _run(resolution, reader, workers, trust_remote_code)
+            data = _calibration_data(resolution, trust_remote_code, tell)
+            resolution = replace(resolution, problems=(*resolution.problems, *map(resolution.loaded.locate, data.notes)))
+            begun = {**begun, "calibration": data.hash}
+        writer = stack.enter_context(CheckpointWriter(target, layout, begun, overwrite, restart))
         reused = writer.reused
         if not writer.already_published:
             solved = None
-            if data is not None:
+            if run is not None and data is not None:
                 from quantplan.engine.solved import SolvedBlocks
 
                 solved = SolvedBlocks(writer.staging / "calibration")
-                _solve(resolution, data, reader, writer, solved, workers, trust_remote_code, tell)
+                _solve(run, data, writer, solved, workers, tell)
                 notes = [*unseen_experts(solved.named("unseen")), *unfollowed_tokens(solved.named("unfollowed"))]
                 notes += _untuned(solved.named("untuned"))
                 resolution = replace(resolution, problems=(*resolution.problems, *notes))
@@ -162,32 +165,38 @@ def _with_statistics(
     return replace(resolution, problems=problems, collected=collected.settings), collected
 
 
-def _solve(
-    resolution: Resolution,
-    data: CalibrationSet,
-    reader: TensorReader,
-    writer: CheckpointWriter,
-    solved: SolvedBlocks,
-    threads: int,
-    trust_remote_code: bool,
-    tell: OnStep,
-) -> None:
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """While it is open, torch computes with so many threads."""
     import torch
 
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(resolution: Resolution, reader: TensorReader, threads: int, trust_remote_code: bool) -> Run:
+    """The calibration, ready for data. Raises QP222 to QP226 where the model, or a transform, does not fit."""
+    from quantplan.engine.calibrated import Run
+
+    with _threads(threads):
+        return Run(resolution, reader, trust_remote_code)
+
+
+def _solve(run: Run, data: CalibrationSet, writer: CheckpointWriter, solved: SolvedBlocks, threads: int, tell: OnStep) -> None:
     from quantplan.engine.calibrated import solve_blocks
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
-        with contextlib.closing(solve_blocks(resolution, data, reader, solved, trust_remote_code)) as blocks:
+        with _threads(threads), contextlib.closing(solve_blocks(run, data, solved)) as blocks:
             for block in blocks:
                 tell(Step("calibrating", block.name, block.number, block.total, block))
     except QuantplanError:
         if not solved.done and not writer.reused:  # the model was refused: another plan need not say --restart
             writer.forget()
         raise
-    finally:
-        torch.set_num_threads(before)
 
 
 def unseen_experts(names: Sequence[str]) -> list[Problem]:
@@ -214,10 +223,8 @@ def _untuned(names: Sequence[str]) -> list[Problem]:
     return [Problem("QP239", text, "name the algorithm they start with in an override, such as gptq", severity="note")]
 
 
-def _calibration_data(resolution: Resolution, trust_remote_code: bool, tell: OnStep) -> CalibrationSet | None:
-    """The plan's calibration data where an assignment needs any: read, packed, or written by the model itself."""
-    if not resolution.takes_data:
-        return None
+def _calibration_data(resolution: Resolution, trust_remote_code: bool, tell: OnStep) -> CalibrationSet:
+    """The plan's calibration data: read, packed, or written by the model itself."""
     from quantplan.calibration.read import read_calibration
 
     settings, loaded = resolution.calibration, resolution.loaded

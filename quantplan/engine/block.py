@@ -26,6 +26,7 @@ from quantplan.live.experts import every_token_to_every_expert
 from quantplan.live.forward import Call
 from quantplan.live.routed import RoutedTokens
 from quantplan.live.watch import watching
+from quantplan.live.weights import Place
 from quantplan.scheme import NonFinite, Params
 from quantplan.statistics import Statistics
 from quantplan.tensor import QuantizedTensor
@@ -249,28 +250,28 @@ class Block:
         """Hands the solved block to the algorithm that tunes, for its matrices; the hidden states after it, or nothing where
         nothing was changed. Parts of fused parameters stay as they were solved: the gradient of each would be as large as all."""
         run = self.run
-        chosen: dict[Algorithm, dict[str, str]] = {}
+        chosen: dict[Algorithm, dict[str, Place]] = {}
         for name in self.solved:
-            places = run.weights.place_of(run.jobs[name].matrix)
-            algorithm, parameter = run.jobs[name].assignment.algorithm, places[0].parameter
+            place, *others = run.weights.place_of(run.jobs[name].matrix)
+            algorithm, parameter = run.jobs[name].assignment.algorithm, run.model.get_parameter(place.parameter)
             if not algorithm.tunes:
                 continue
-            whole = len(places) == 1 and places[0].index is None and not places[0].transposed
-            if whole and places[0].rows == len(run.model.get_parameter(parameter)):
-                chosen.setdefault(algorithm, {})[name] = parameter.removeprefix(f"{self.name}.")
+            if not others and place.index is None and place.view(run.model).numel() == parameter.numel():
+                inside = replace(place, parameter=place.parameter.removeprefix(f"{self.name}."))
+                chosen.setdefault(algorithm, {})[name] = inside
             else:
                 self.untuned.append(name)
         changed: dict[str, QuantizedTensor] = {}
         with self._rounding():
-            for algorithm, parameters in chosen.items():
-                weights = {n: original.get_parameter(p).float() for n, p in parameters.items()}
-                started = {n: self.solved[n] for n in parameters}
+            for algorithm, places in chosen.items():
+                weights = {n: p.view(original).float() for n, p in places.items()}
+                started = {n: self.solved[n] for n in places}
                 data = (self.calls, hidden, targets)
                 how = (moments.computing, run.batches.counted)
-                problem = TunedBlock(self.module, *data, parameters, weights, started, *how)
+                problem = TunedBlock(self.module, *data, places, weights, started, *how)
                 tuned = algorithm.tune(problem)
                 for name, made in tuned.items():
-                    self.module.get_parameter(parameters[name]).copy_(made.scheme.quantizer().dequantize(made))
+                    places[name].view(self.module).copy_(made.scheme.quantizer().dequantize(made))
                 changed |= tuned
             self.solved |= changed
             if not changed:

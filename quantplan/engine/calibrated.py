@@ -71,25 +71,25 @@ class _Job:
     assignment: Assignment
 
 
-def solve_blocks(
-    resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool = False
-) -> Generator[SolvedBlock, None, None]:
+def solve_blocks(run: Run, data: CalibrationSet, store: SolvedBlocks) -> Generator[SolvedBlock, None, None]:
     """Solves every matrix in the model's blocks into `store`, yielding after each block. Goes on after the blocks that `store`
-    has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight, QP605 when a
-    matrix that needs data was never given any."""
+    has. Raises QP224 and QP225 where the model cannot be run block by block on these data, QP601 for NaN or infinity in a weight,
+    QP605 when a matrix that needs data was never given any."""
     memory.keep_memory()
-    run = Run(resolution, data, reader, store, trust_remote_code)
-    yield from run.blocks()
+    yield from run.blocks(data, store)
 
 
 class Run:
-    """One calibration from start to end."""
+    """One calibration from start to end. It is made before there are data, which may take long to read: whether the model can be
+    run block by block and transforms fit it shows without."""
 
-    def __init__(
-        self, resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool
-    ) -> None:
+    store: SolvedBlocks
+    batches: Batches
+
+    def __init__(self, resolution: Resolution, reader: TensorReader, trust_remote_code: bool = False) -> None:
+        """Raises QP222 to QP224 where the model cannot be run block by block, QP226 where a transform does not fit it."""
         checkpoint = resolution.checkpoint
-        self.reader, self.store = reader, store
+        self.reader = reader
         self.model = skeleton(checkpoint.require_path(), trust_remote_code, torch.float32)
         self.weights = Weights(self.model, checkpoint)
         self.stacks = find_blocks(self.model)
@@ -98,7 +98,7 @@ class Run:
         self.magnitudes = Magnitudes((job.matrix for job in self.jobs.values()), self._largest)
         self.all_experts = resolution.calibration.all_experts
         self.has_float = any("drift" in a.algorithm.needs or a.algorithm.tunes for a in resolution.quantized)
-        self.batches = Batches(data, self.model.config)
+        self.forward.rehearse()
         self._check_places(resolution)
         self._check_products()
         if self.all_experts:
@@ -143,7 +143,8 @@ class Run:
         """`max |w|` of a matrix in the loaded block, as transforms left it."""
         return torch.stack([p.view(self.model).abs().amax() for p in self.weights.place_of(matrix)]).amax()
 
-    def blocks(self) -> Iterator[SolvedBlock]:
+    def blocks(self, data: CalibrationSet, store: SolvedBlocks) -> Iterator[SolvedBlock]:
+        self.batches, self.store = Batches(data, self.model.config), store
         total, done = len(self.stacks.names), self.store.done
         resumed = self.store.states() if 0 < len(done) < total else {}
         if resumed is None:

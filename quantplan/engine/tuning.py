@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantplan.live.forward import Call
+from quantplan.live.weights import Place
 from quantplan.tensor import QuantizedTensor
 
 
@@ -21,7 +22,7 @@ class TunedBlock:
     calls: Sequence[Call]
     hidden: Sequence[Tensor]
     targets: Sequence[Tensor]
-    parameters: Mapping[str, str]  # matrix -> parameter of `module`
+    places: Mapping[str, Place]  # matrix -> the parameter of `module` that it is the whole of
     weights: Mapping[str, Tensor]
     started: Mapping[str, QuantizedTensor]
     compute: Callable[[], Any]  # the context products are computed in
@@ -34,7 +35,8 @@ class TunedBlock:
     def loss(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """The mean squared error of the block's outputs for one batch, 0-d, when its matrices are `weights`: over the tokens that
         count, so not over what the block makes of padding."""
-        changed = {self.parameters[name]: weight for name, weight in weights.items()}
+        places = ((self.places[name], weight) for name, weight in weights.items())
+        changed = {place.parameter: weight.t() if place.transposed else weight for place, weight in places}
 
         def block(*arguments: Any, **options: Any) -> Any:
             return torch.func.functional_call(self.module, changed, arguments, options)

@@ -26,7 +26,8 @@ class OutputError:
 
 
 class OutputErrors:
-    """Watches a model beside its reference: every decoder block, and every `nn.Linear` of the reference that is in one, by name.
+    """Watches a model beside its reference: every decoder block, and every `nn.Linear` or `Conv1D` of the reference that is in
+    one, by name.
 
     A module counts where it gives outputs of the same shape in both; experts that were given other tokens do not.
     """
@@ -70,6 +71,7 @@ class OutputErrors:
 
 def _watched(reference: Any, modules: dict[str, Any]) -> dict[str, Kind]:
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     from quantplan.live.blocks import find_blocks
 
@@ -82,7 +84,7 @@ def _watched(reference: Any, modules: dict[str, Any]) -> dict[str, Kind]:
     for name, module in reference.named_modules():
         if name in modules and name in blocks:
             kinds[name] = "block"
-        elif name in modules and type(module) is nn.Linear and name.startswith(inside):
+        elif name in modules and type(module) in (nn.Linear, Conv1D) and name.startswith(inside):
             kinds[name] = "linear"
     return kinds
 

@@ -40,6 +40,8 @@ class CompressedTensors(Format):
         assert wq is not None
         if assignment.module.kind == "embedding":
             return "embeddings cannot be quantized in it"
+        if assignment.module.conv1d:  # compressed-tensors 0.20 replaces nn.Linear; vLLM transposes tensors called `weight` alone
+            return "its readers find no quantized weights for a Conv1D, as GPT-2 has; output: {format: quantplan} holds them"
         element = getattr(wq, "format", "")
         if wq.name in ("fp4", "nf4"):
             return f"it has no {wq.name}; nvfp4 and mxfp4 are its 4-bit floats"

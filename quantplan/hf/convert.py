@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
     apply_renamings,
     rename_source_key,
 )
+from transformers.pytorch_utils import Conv1D
 
 from quantplan.errors import fail
 from quantplan.format import FORMATS
@@ -52,13 +53,14 @@ class _Renamed:
 
 
 def find_places(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Stored matrix -> the `nn.Linear` it belongs to, for those that no conversion touches. `model` may be on meta."""
+    """Stored matrix -> the `nn.Linear` or `Conv1D` it belongs to, for those that no conversion touches. `model` may be on
+    meta."""
     renamed = _Renamed(model, get_model_conversion_mapping(model))
     found = {}
     for name in names:
         key, pattern = renamed(name)
         module = key.removesuffix(".weight")
-        if pattern is None and key in renamed.state and type(model.get_submodule(module)) is nn.Linear:
+        if pattern is None and key in renamed.state and type(model.get_submodule(module)) in (nn.Linear, Conv1D):
             found[name] = module
     return found
 

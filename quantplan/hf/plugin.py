@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -93,6 +94,7 @@ class QuantplanQuantizer(HfQuantizer):
         super().__init__(quantization_config, **options)
         self._treatments = quantization_config.treatments()
         self._cache = quantization_config.cache()
+        self._conv1d: set[str] = set()  # modules that were transformers' Conv1D, whose weight is [in, out]
         self._dense: set[str] = set()  # stored matrices that are dequantized while they are loaded
 
     def validate_environment(self, *arguments: Any, **options: Any) -> None:
@@ -108,15 +110,10 @@ class QuantplanQuantizer(HfQuantizer):
         for stored, module_name in find_places(model, self._treatments).items():
             wq, aq = self._treatments[stored]
             linear = model.get_submodule(module_name)
-            made = QuantLinear(
-                linear.in_features,
-                linear.out_features,
-                wq,
-                aq,
-                linear.bias is not None,
-                device="meta",
-                dtype=linear.weight.dtype,
-            )
+            columns, rows = linear.weight.shape if type(linear) is Conv1D else reversed(linear.weight.shape)
+            made = QuantLinear(columns, rows, wq, aq, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+            if type(linear) is Conv1D:
+                self._conv1d.add(module_name)
             model.set_submodule(module_name, made)
             self._dense.discard(stored)
         if self._cache is not None:
@@ -145,11 +142,13 @@ class QuantplanQuantizer(HfQuantizer):
         self.quantization_config.groups = self.quantization_config.without(self._dense)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """In place: every `QuantLinear` becomes an `nn.Linear`."""
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """In place: every `QuantLinear` becomes the `nn.Linear` or `Conv1D` that it was."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a model that was saved says it in its config so
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                linear: nn.Linear = module.to_linear()
+                linear: nn.Module = module.to_linear()
+                linear = _conv1d(linear) if name in self._conv1d else linear
                 model.set_submodule(name, linear.to(dtype) if dtype is not None else linear)
         return model
 
@@ -159,6 +158,14 @@ class QuantplanQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _conv1d(linear: Any) -> Conv1D:
+    """A linear as transformers' Conv1D."""
+    made = Conv1D(0, 0)
+    made.nf, made.nx = linear.out_features, linear.in_features
+    made.weight, made.bias = nn.Parameter(linear.weight.t().contiguous()), linear.bias
+    return made.train(linear.training)
 
 
 if "quantplan" not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a second import of this file would raise otherwise

@@ -123,6 +123,13 @@ class Forward:
                 states = [states[i] for states in finished]
                 yield self._run(inputs, loaded, _Recorder(self, len(states), _Same(), loaded, states).on_block)
 
+    def rehearse(self) -> None:
+        """Runs a few tokens, unless something ran before: whether blocks can be called one by one does not depend on data.
+
+        Raises QP224 as `capture` does."""
+        if not self._order:
+            self._rehearse(model_inputs(self.model, torch.arange(4)[None]))
+
     def _rehearse(self, inputs: Inputs) -> None:
         """Learns from one sequence which blocks run, and what they return beside the hidden state."""
         few = {name: value[:1] for name, value in inputs.items()}

@@ -77,8 +77,6 @@ KEEP_RULES = (
 )
 NOT_A_MATRIX = KeepRule("not a matrix", (), "schemes hold matrices; norms, biases and convolutions are not")
 NOT_A_FLOAT = KeepRule("not a float", (), "the tensor is not float32, float16 or bfloat16")
-CONV1D = KeepRule("Conv1D", (), "GPT-2's Conv1D stores [in, out], which no engine reads quantized")
-CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gptsan-japanese"}
 MTP_LAYER = KEEP_RULES[-1]
 _NUMBER = re.compile(r"[0-9]+")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -104,19 +102,12 @@ def keep_rule(name: str, config: Mapping[str, Any]) -> KeepRule | None:
     return MTP_LAYER if layer and int(layer[1]) >= int(str(layers)) else None  # DeepSeek-V3 stores its MTP head so
 
 
-def structural_keep(tensor: TensorInfo, config: Mapping[str, Any]) -> KeepRule | None:
+def structural_keep(tensor: TensorInfo) -> KeepRule | None:
     """Why a tensor cannot be quantized at all, whatever its name."""
     if tensor.dtype not in FLOAT_DTYPES or tensor.dtype == "F64":
         return NOT_A_FLOAT
     if len(tensor.shape) == 2 and 0 not in tensor.shape:
-        return (
-            CONV1D
-            if config.get("model_type") in CONV1D_MODELS and ".wte" not in tensor.name and ".wpe" not in tensor.name
-            else None
-        )
+        return None
     if len(tensor.shape) == 3 and ".experts." in tensor.name:
         return None
     return NOT_A_MATRIX
-
-
-STRUCTURAL = (NOT_A_MATRIX, NOT_A_FLOAT, CONV1D)

@@ -28,6 +28,9 @@ EXPERT_PARTS = {
 }
 # models whose fused experts are stored [experts, in, out], the halves of gate_up one after the other
 TRANSPOSED_EXPERTS = {"llama4", "llama4_text"}
+# models with transformers' Conv1D, a linear that stores [in, out], and the names it has there
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
+CONV1D_PARTS = {"c_attn", "q_attn", "c_fc", "c_proj"}
 INTERLEAVED = KeepRule(
     "interleaved experts", (), "experts stored as [expert, in, out] with gate and up interleaved, as gpt-oss does"
 )
@@ -47,7 +50,7 @@ _EXPERT = re.compile(r"^(.*\.experts)(?:\.\d+)?\.[^.]+$")
 @dataclass(frozen=True)
 class Matrix:
     """One `[rows, columns]` matrix of a module: rows `first` to `first + rows` of slab `index` of `tensor` (None: 2-D).
-    `transposed`: the slab is stored `[in, out]`, so that rows are its columns."""
+    `transposed`: the slab is stored `[in, out]`, so that rows are its columns; a 2-D one is a Conv1D's."""
 
     name: str
     tensor: str
@@ -73,6 +76,11 @@ class Module:
     def dtype(self) -> str:
         """The dtype of its weight as torch calls it, `bfloat16`; empty for one that is not a float."""
         return FLOAT_DTYPES.get(self.tensor.dtype, "")
+
+    @property
+    def conv1d(self) -> bool:
+        """Whether it is transformers' Conv1D, which computes as a linear and stores `[in, out]`."""
+        return self.kind == "linear" and bool(self.matrices) and self.matrices[0].transposed
 
     @property
     def columns(self) -> int:
@@ -106,13 +114,23 @@ def module_of(tensor: TensorInfo, config: Mapping[str, Any], tied: bool = False)
         return _experts(name, part, tensor, config)
     if name == tensor.name:
         return None
-    keep = structural_keep(tensor, config) or keep_rule(name, config)
+    keep = structural_keep(tensor) or keep_rule(name, config)
     if len(tensor.shape) != 2:
         return Module(name, tensor, "other", keep=keep)
     kind: Kind = "embedding" if keep is not None and keep.name == "embeddings" else "linear"
     head = tied and keep is not None and keep.name == "output heads"
-    matrix = Matrix(name, tensor.name, *tensor.shape)
+    transposed = _is_conv1d(part, config)
+    rows, columns = reversed(tensor.shape) if transposed else tensor.shape
+    matrix = Matrix(name, tensor.name, rows, columns, transposed=transposed)
     return Module(name, tensor, kind, (matrix,), keep, tied_to="the input embedding" if head else "")
+
+
+def _is_conv1d(part: str, config: Mapping[str, Any]) -> bool:
+    """Whether a matrix called `part` is transformers' Conv1D, `[in, out]`. Shapes cannot tell: some of them are square."""
+    if part not in CONV1D_PARTS:
+        return False
+    nested = (c.get("model_type") for c in config.values() if isinstance(c, Mapping))  # the decoder of an encoder-decoder
+    return not CONV1D_MODELS.isdisjoint(str(kind) for kind in (config.get("model_type"), *nested))
 
 
 def _experts(name: str, part: str, tensor: TensorInfo, config: Mapping[str, Any]) -> Module:
@@ -123,7 +141,7 @@ def _experts(name: str, part: str, tensor: TensorInfo, config: Mapping[str, Any]
     transposed = hidden is not None and (second if part in READS_INTERMEDIATE else third) != hidden
     if transposed and model_type not in TRANSPOSED_EXPERTS:
         return Module(name, tensor, "other", keep=INTERLEAVED)
-    keep = structural_keep(tensor, config) or keep_rule(name, config)
+    keep = structural_keep(tensor) or keep_rule(name, config)
     out, columns = (third, second) if transposed else (second, third)
     parts = EXPERT_PARTS[part]
     rows = out // len(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,9 +26,7 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
     if not treated and plan.kv_cache is not None:
         return
     if not treated:
-        everything = plan.default.wq is None and not any(o.wq for o in plan.overrides)
-        text = "the plan quantizes nothing" if everything else f"the plan quantizes none of {len(assignments)} modules"
-        yield Problem("QP119", text, "set default.wq, or an override's wq", ("default",))
+        yield _nothing(plan, assignments)
         return
     yield from _tied(treated)
     yield from _divisible(treated)
@@ -37,6 +36,21 @@ def lint(plan: Plan, checkpoint: Checkpoint, assignments: Mapping[str, Assignmen
     yield from _engines(plan, [a for a in assignments.values() if a.wq is not None or a.module.kind == "experts"])
     yield from _expert_schemes(plan, assignments)
     yield from _siblings(plan, assignments)
+
+
+def _nothing(plan: Plan, assignments: Mapping[str, Assignment]) -> Problem:
+    """QP119, with the built-in rules that left nothing to a plan that says what to do."""
+    if plan.default.wq is None and not any(o.wq for o in plan.overrides):
+        return Problem("QP119", "the plan quantizes nothing", "set default.wq, or an override's wq", ("default",))
+    text, advice = f"the plan quantizes none of {len(assignments)} modules", "set default.wq, or an override's wq"
+    rules = Counter(a.module.keep for a in assignments.values() if a.module.keep is not None)
+    if rules:
+        kept = (f"{count} of them as '{rule.name}' ({rule.why})" for rule, count in rules.most_common())
+        text += f"; built-in rules keep {', '.join(kept)}"
+        open_to = [a.name for a in assignments.values() if a.module.keep is not None and a.module.kind != "other"]
+        if plan.default.wq is not None and sum(rules.values()) == len(assignments):
+            advice = f"name one in an override with keep: false, as {open_to[0]}" if open_to else "none of them can be quantized"
+    return Problem("QP119", text, advice, ("default",))
 
 
 def _source(checkpoint: Checkpoint) -> Iterator[Problem]:
@@ -104,7 +118,7 @@ def _held(plan: Plan, treated: list[Assignment]) -> Iterator[Problem]:
     findings, answers = _Findings(), {}
     for a in treated:
         # by identity: hashing schemes of 70,000 modules takes longer than all else here
-        key = (id(a.wq), id(a.aq), a.module.kind, a.module.columns, ".experts." in a.name)
+        key = (id(a.wq), id(a.aq), a.module.kind, a.module.columns, ".experts." in a.name, a.module.conv1d)
         if key not in answers:
             answers[key] = output.refuse(a)
         if answers[key]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from quantplan.errors import fail
 from quantplan.hf.convert import find_places
@@ -114,6 +115,8 @@ def _start_layer(
     solved, frozen = start.read(matrix), settings.recipe == "scales"
     linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     weight = teacher.get_submodule(place).weight.detach()
+    if type(teacher.get_submodule(place)) is Conv1D:
+        weight = weight.t().contiguous()
     if not frozen:
         weight = layer.dequantize() if transformed else inside(weight, solved)
     linear.weight = nn.Parameter(weight, requires_grad=False)
