@@ -75,8 +75,8 @@ def solve_blocks(
     resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool = False
 ) -> Generator[SolvedBlock, None, None]:
     """Solves every matrix in the model's blocks into `store`, yielding after each block. Goes on after the blocks that `store`
-    has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight, QP605 when a
-    matrix that needs data was never given any."""
+    has. Raises QP222 to QP225 where the model cannot be run block by block, QP601 for NaN or infinity in a weight or its
+    inputs, QP604 where second moments of inputs have no factor, QP605 when a matrix that needs data was never given any."""
     memory.keep_memory()
     run = Run(resolution, data, reader, store, trust_remote_code)
     yield from run.blocks()
@@ -89,7 +89,7 @@ class Run:
         self, resolution: Resolution, data: CalibrationSet, reader: TensorReader, store: SolvedBlocks, trust_remote_code: bool
     ) -> None:
         checkpoint = resolution.checkpoint
-        self.reader, self.store = reader, store
+        self.reader, self.store, self.source = reader, store, checkpoint.source
         self.model = skeleton(checkpoint.require_path(), trust_remote_code, torch.float32)
         self.weights = Weights(self.model, checkpoint)
         self.stacks = find_blocks(self.model)
@@ -124,13 +124,13 @@ class Run:
                     taker = f"'{assignment.algorithm.name}'" if assignment.algorithm.takes_data else "its static activations"
                     advice = "give it algorithm: rtn in an override" if assignment.algorithm.takes_data else "give it aq: null"
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
-                    raise fail("QP224", text, advice)
+                    raise fail("QP224", text, advice, file=self.source)
 
     def _check_experts(self, resolution: Resolution) -> None:
         """Raises QP224 for `all_experts` where no experts are called as transformers calls them."""
         if self.all_experts and not any(routed_experts(self.model.get_submodule(name)) for name in self.stacks.names):
             text = "the model has no experts that could be given every token"
-            raise fail("QP224", text, "leave out calibration: all_experts", file=resolution.checkpoint.source)
+            raise fail("QP224", text, "leave out calibration: all_experts", file=self.source)
 
     def _largest(self, matrix: Matrix) -> Tensor:
         """`max |w|` of a matrix in the loaded block, as transforms left it."""

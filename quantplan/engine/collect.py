@@ -18,7 +18,7 @@ from quantplan.engine.apply import check_target, with_weights
 from quantplan.engine.batches import Batches
 from quantplan.engine.collected import StatisticsWriter
 from quantplan.engine.progress import OnStep, Step
-from quantplan.errors import Problem, QuantplanError
+from quantplan.errors import Problem, QuantplanError, fail
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
 from quantplan.live.experts import every_token_to_every_expert
@@ -28,6 +28,7 @@ from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
 from quantplan.plan.load import load_plan
 from quantplan.plan.schema import Calibration
+from quantplan.scheme import NonFinite, check_finite
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def collect(
     """Statistics of the inputs of every matrix in the blocks of `model`, for the data that `plan` names, into the folder `out`,
     which is absent or whole at every moment. Nothing else of the plan matters.
 
-    Raises QuantplanError: bad plan, data or checkpoint (QP1xx to QP3xx), output exists or is locked (QP5xx).
+    Raises QuantplanError: bad plan, data or checkpoint (QP1xx to QP3xx), output exists or is locked (QP5xx), inputs that are not
+    finite (QP601).
     """
     tell: OnStep = on_step or (lambda step: None)
     loaded, target = load_plan(plan), Path(out)
@@ -126,6 +128,12 @@ class _Collecting:
             self._forward(module, name, call, state, seen, i) for i, (call, state) in enumerate(zip(calls, hidden, strict=True))
         ]
         found, matrices = seen.finished()
+        for matrix, parts in found.items():
+            try:
+                check_finite(parts["hessian"])
+            except NonFinite:
+                text, file = "NaN or infinity in the inputs, or their squares", self.weights.checkpoint.source
+                raise fail("QP601", text, "mend the checkpoint", file=file, tensor=matrix) from None
         writer.add(number, found, matrices)
         self.inputs, self.matrices = self.inputs + len(found), self.matrices + sum(map(len, matrices.values()))
         return after
