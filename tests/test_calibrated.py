@@ -169,9 +169,10 @@ def with_infinite_gain(path: Path, copy: Path) -> Path:
         ("gptq", {}),
         ("awq", {}),
         ({"name": "rtn", "search": "imatrix"}, {}),
+        ({"name": "rtn", "search": "hessian"}, {}),
         ("rtn", {"transforms": [{"name": "smoothquant", "everywhere": True}]}),
     ],
-    ids=["gptq", "awq", "rtn by mean squares", "smoothquant"],
+    ids=["gptq", "awq", "rtn by mean squares", "rtn by the hessian", "smoothquant"],
 )
 def test_inputs_that_are_not_finite_are_named(folder: Path, tmp_path: Path, algorithm: Any, more: dict[str, Any]) -> None:
     path = with_infinite_gain(zoo.build("llama", folder), tmp_path / "broken")
