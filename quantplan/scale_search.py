@@ -1,16 +1,22 @@
-"""Scales by least squared error, each weight of a matrix counting as its column does: what rounding and GPTQ both start from."""
+"""Scales by least squared error, each weight of a matrix counting as its column does: what rounding and GPTQ both start from;
+and by the least error of a group's outputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantplan.scheme import BLOCK
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from quantplan.scheme import Params, Quantizer
 
 PIECE = 1 << 18  # weights worked on at a time: a few float32 copies of them fit a core's cache
+ROWS = 256  # at least so many rows are multiplied by a Hessian at a time: reading it is then a small part of it
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,70 @@ def _search(groups: Tensor, quantizer: Quantizer, shares: Tensor | None, ranges:
         most = torch.where(better, gain, most)
         for name in params.keys() - quantizer.config.tensor_params:
             best[name] = choose(better, params[name], best[name])
+    return best
+
+
+def search_by_hessian(
+    weight: Tensor, quantizer: Quantizer, hessian: Tensor, ranges: Ranges, absmax: Tensor | None = None
+) -> Params:
+    """Parameters for `weight` `[rows, columns]` as `search_scales` gives them, with the least `e^T H_g e` in each group: `e` its
+    rounding error, `H_g` the block of `hessian` `[columns, columns]` that its columns have (summed over rows where rows share
+    parameters). So errors in columns that go together may make up for one another, within a group.
+
+    Where steps are stored finely, each range is also tried with the least-squares step for its codes, `<w, H c> / <c, H c>`.
+    What is compared is what is stored; ties go to the first tried. Raises NonFinite.
+    """
+    rows, columns = weight.shape
+    absmax = _whole(quantizer, weight, absmax)
+    wide = BLOCK if quantizer.config.strategy == "block" else columns // quantizer.config.grid(rows, columns)[1]
+    push = _pushing(hessian, wide)
+    if quantizer.config.strategy in ("tensor", "block"):
+        return _search_by(push, quantizer.groups(weight), quantizer, ranges, absmax)
+    pieces = weight.split(max(ROWS, PIECE // columns))
+    return joined([_search_by(push, quantizer.groups(part), quantizer, ranges, absmax) for part in pieces], quantizer)
+
+
+def _pushing(hessian: Tensor, wide: int) -> Callable[[Tensor], Tensor]:
+    """A product of groups `[down, across, size]`, whose rows are `wide`, with the diagonal blocks of `hessian`, as one."""
+    import torch
+
+    hessian = torch.nn.functional.pad(hessian, (0, -len(hessian) % wide, 0, -len(hessian) % wide))
+    across = len(hessian) // wide
+    blocks = hessian.view(across, wide, across, wide).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+    def push(groups: Tensor) -> Tensor:
+        by_column = groups.view(len(groups), across, -1, wide).transpose(0, 1)
+        pushed = torch.bmm(by_column.reshape(across, -1, wide), blocks)
+        return pushed.view(by_column.shape).transpose(0, 1).reshape(groups.shape)
+
+    return push
+
+
+def _search_by(
+    push: Callable[[Tensor], Tensor], groups: Tensor, quantizer: Quantizer, ranges: Ranges, absmax: Tensor | None
+) -> Params:
+    import torch
+
+    best: Params = {}
+    least: Tensor | None = None
+    for factor in quantizer.config.shrink_factors(ranges.count, ranges.lowest):
+        proposed = [quantizer.fit(groups, factor, absmax)]
+        for params in proposed:
+            values = quantizer.nearest(groups, params)
+            error = values - groups
+            cost = (error * push(error)).sum(-1, keepdim=True)
+            if quantizer.config.fine_steps and len(proposed) == 1:
+                pushed = push(values)
+                size = (values * pushed).sum(-1, keepdim=True)
+                ratio = torch.where(size > 0, (groups * pushed).sum(-1, keepdim=True) / size, 1.0)
+                proposed.append(quantizer.with_step(params, quantizer.step(params) * ratio))
+            if least is None:
+                best, least = dict(params), cost
+                continue
+            better = cost < least
+            least = torch.where(better, cost, least)
+            for name in params.keys() - quantizer.config.tensor_params:
+                best[name] = choose(better, params[name], best[name])
     return best
 
 

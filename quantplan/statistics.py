@@ -26,8 +26,8 @@ class Statistics:
     _kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def damped(self, damping: float) -> Tensor:
-        """The Hessian with `damping` times its mean diagonal added to its diagonal; columns that were always zero get one.
-        Computed once for matrices that share their inputs."""
+        """The Hessian with `damping` times its mean diagonal added to its diagonal, silent columns' too: inputs of another scale
+        are to choose the same codes. The identity where it is zero. Computed once for matrices that share their inputs."""
         if ("damped", damping) not in self._kept:
             self._kept["damped", damping] = self._damped(damping)
         kept: Tensor = self._kept["damped", damping]
@@ -38,8 +38,8 @@ class Statistics:
 
         made = self.hessian.clone()
         diagonal = made.diagonal()
-        added = diagonal.mean().mul(damping).clamp(min=torch.finfo(torch.float32).tiny)
-        diagonal.add_(torch.where(diagonal > 0, added, 1.0))
+        mean = diagonal.mean()
+        diagonal.add_(torch.where(mean == 0, 1.0, mean.mul(damping).clamp(min=torch.finfo(torch.float32).tiny)))
         return made
 
     def factor(self, damping: float, order: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,11 +142,55 @@ def test_what_does_not_fit_is_refused_before_data_are_read(
 
 def test_matrices_outside_of_the_blocks_are_named(folder: Path, tmp_path: Path) -> None:
     plan = {**plan_for(folder), "overrides": []}
-    with pytest.raises(QuantplanError, match=r"QP224 'cls\.predictions\.transform\.dense' is outside"):
+    with pytest.raises(QuantplanError, match=r"bert: QP224 'cls\.predictions\.transform\.dense' is outside"):
         apply(zoo.build("bert", folder), plan, tmp_path / "out")
 
 
 STATIC = {"scheme": "int8", "dynamic": False, "observer": "minmax"}
+
+
+def with_infinite_gain(path: Path, copy: Path) -> Path:
+    """The zoo's llama, a norm of its second block being broken."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(path, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = float("inf")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("gptq", {}),
+        ("awq", {}),
+        ({"name": "rtn", "search": "imatrix"}, {}),
+        ({"name": "rtn", "search": "hessian"}, {}),
+        ("rtn", {"transforms": [{"name": "smoothquant", "everywhere": True}]}),
+    ],
+    ids=["gptq", "awq", "rtn by mean squares", "rtn by the hessian", "smoothquant"],
+)
+def test_inputs_that_are_not_finite_are_named(folder: Path, tmp_path: Path, algorithm: Any, more: dict[str, Any]) -> None:
+    path = with_infinite_gain(zoo.build("llama", folder), tmp_path / "broken")
+    with pytest.raises(QuantplanError, match=r'broken: tensor "model\.layers\.1\.self_attn\.\S*": QP601 .*inputs'):
+        apply(path, {**plan_for(folder, algorithm=algorithm), **more}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_second_moments_without_a_factor_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments.SecondMoment, "mean", lambda self: -1e6 * torch.eye(len(self._lower)))
+    with pytest.raises(QuantplanError, match=r'llama: tensor "model\.layers\.0\.self_attn\.q_proj": QP604'):
+        apply(zoo.build("llama", folder), plan_for(folder), tmp_path / "out")
+
+
+def test_a_matrix_that_the_model_never_uses_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: x)
+    with pytest.raises(QuantplanError, match=r"llama: QP605 'model\.layers\.0\.mlp\.down_proj' was given no input"):
+        apply(zoo.build("llama", folder), plan_for(folder), tmp_path / "out")
+
 
 # the calibration's own view
 

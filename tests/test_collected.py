@@ -14,11 +14,12 @@ import transformers
 import zoo
 from checkpoints import tree
 from safetensors.torch import load_file, save_file
-from test_calibrated import IDS, OUTSIDE, hooked, starve
+from test_calibrated import IDS, OUTSIDE, hooked, starve, with_infinite_gain
 from typer.testing import CliRunner
 
 import quantplan
 from quantplan.algorithms.gptq import GPTQ
+from quantplan.checkpoint import durable
 from quantplan.cli.app import app
 from quantplan.engine import calibrated, collect, moments
 from quantplan.engine.apply import apply
@@ -103,11 +104,12 @@ def test_any_plan_may_use_them(folder: Path, tmp_path: Path, stats: Path, monkey
         ("int4", "gptq"),
         ("int3", {"name": "gptq", "damping": 0.1}),
         ("int4", {"name": "rtn", "search": "imatrix"}),
+        ("int4", {"name": "rtn", "search": "hessian"}),
     ):
         seen.clear()
-        out = tmp_path / f"{wq}-{len(str(algorithm))}"
+        out = tmp_path / f"out{len(os.listdir(tmp_path))}"
         report = apply(path, plan(wq, algorithm), out, statistics=stats)
-        assert all(s is not None and s.drift is None for s in seen) and len(seen) == (0 if "imatrix" in str(algorithm) else 21)
+        assert all(s is not None and s.drift is None for s in seen) and len(seen) == (0 if "rtn" in str(algorithm) else 21)
         assert report.written == report.estimate.output_bytes
         recorded = json.loads((out / "quantplan.json").read_text())["calibration"]
         assert recorded["source"] == "ids.safetensors" and recorded["sha256"] == CollectedStatistics(stats).data
@@ -216,6 +218,28 @@ def test_statistics_that_cannot_be_read(folder: Path, tmp_path: Path, stats: Pat
     else:
         document.write_text(document.read_text().replace("block-00001.safetensors", "../x.safetensors"))
     refused("QP234", zoo.build("llama", folder), plan(), tmp_path / "out", copy)
+
+
+@pytest.mark.parametrize(("value", "code"), [(float("inf"), "QP601"), (-1e6, "QP604")])
+def test_statistics_that_no_weight_can_be_fitted_to(folder: Path, tmp_path: Path, stats: Path, value: float, code: str) -> None:
+    copy = Path(shutil.copytree(stats, tmp_path / "stats"))
+    document = json.loads((copy / "statistics.json").read_text())
+    name = "model.layers.1.mlp.down_proj"
+    file = copy / document["inputs"][name]["file"]
+    tensors = load_file(file)
+    tensors[f"{name}.hessian"].fill_(0).fill_diagonal_(value)
+    save_file(tensors, file)
+    document["files"][file.name] = durable.hash_file(file)
+    (copy / "statistics.json").write_text(json.dumps(document))
+    shown = refused(code, zoo.build("llama", folder), plan(), tmp_path / "out", copy)
+    assert f'tensor "{name}"' in shown and shown.startswith(str(copy))
+
+
+def test_inputs_that_are_not_finite_are_not_collected(folder: Path, tmp_path: Path) -> None:
+    path = with_infinite_gain(zoo.build("llama", folder), tmp_path / "broken")
+    with pytest.raises(QuantplanError, match=r'broken: tensor "model\.layers\.1\.self_attn\.q_proj": QP601'):
+        collect.collect(path, settings(folder), tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()
 
 
 def test_what_statistics_cannot_serve(folder: Path, tmp_path: Path, stats: Path) -> None:

@@ -157,9 +157,18 @@ class TestEveryScheme:
         statistics, weight = odd(kind, 64), weights(6, 64)
         values = solved(GPTQ(), weight, config, statistics)
         assert torch.isfinite(values).all()
-        hessian = statistics.damped(GPTQ().damping)
-        before = loss(weight, solved(RoundToNearest(), weight, config, statistics), hessian)
-        assert loss(weight, values, hessian).sum() <= before.sum() * 1.01  # its ranges are not all that rtn has
+        before = loss(weight, solved(RoundToNearest(), weight, config, statistics), statistics.hessian)
+        assert loss(weight, values, statistics.hessian).sum() <= before.sum() * 1.01  # its ranges are not all that rtn has
+
+    @pytest.mark.parametrize("power", [-12, 9])
+    def test_the_scale_of_the_inputs_does_not_matter(self, config: SchemeConfig, power: int) -> None:
+        """Some columns being silent: these must not count for more where the others count for little."""
+        given, weight = gathered(64), weights(6, 64)
+        heard = (torch.arange(64) % 3 > 0).float()
+        assert given.drift is not None
+        hessian, drift = given.hessian * heard * heard[:, None], given.drift * heard
+        one, other = (Statistics(hessian * c, given.count, drift * c) for c in (1.0, 4.0**power))
+        assert same(*(GPTQ().solve(weight, config.quantizer("x"), None, s) for s in (one, other)))
 
 
 def odd(kind: str, columns: int) -> Statistics:
@@ -267,6 +276,29 @@ def test_refit_equals_least_squares_row_by_row(config: SchemeConfig) -> None:
         found = (quantizer.step(tried)[row, :, 0] / quantizer.step(params)[row, :, 0]).double()
         exact = "scale_dtype" in type(config).model_fields
         torch.testing.assert_close(found, wanted, rtol=1e-3 if exact else 0.07, atol=0)
+
+
+def test_refits_of_some_rows_at_a_time_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, statistics, weight = SCHEMES.get("int4")(group_size=16), gathered(192, drift=0), weights(50, 192)
+    quantizer, params, values = fitted(config, weight)
+    hessian = statistics.damped(0.01)
+    whole = module._refit(weight.t(), quantizer, params, values, hessian)
+    sizes: list[int] = []
+    real = module._factors
+
+    def counted(target: Tensor, values: Tensor, across: int, hessian: Tensor) -> Tensor:
+        sizes.append(target.shape[1] * across**2)
+        return real(target, values, across, hessian)
+
+    monkeypatch.setattr(module, "_factors", counted)
+    for limit in (7 * 12**2, 1):
+        monkeypatch.setattr(module, "NORMAL", limit)
+        parts = module._refit(weight.t(), quantizer, params, values, hessian)
+        # a sum of another order may round a scale to bfloat16's next
+        torch.testing.assert_close(parts["scale"].float(), whole["scale"].float(), rtol=2**-7, atol=0)
+        assert (parts["scale"] == whole["scale"]).float().mean() > 0.99
+        assert max(sizes) <= max(limit, 12**2) and len(sizes) == -(-50 // max(1, limit // 12**2))
+        sizes.clear()
 
 
 def test_refit_leaves_alone_what_it_cannot_fit() -> None:

@@ -64,12 +64,16 @@ def test_a_low_bit_grid_is_strictly_better(symmetric: bool) -> None:
 
 
 def test_a_planted_zero_point_is_found() -> None:
-    """Weights on a grid whose ends were moved by one more outlier: least squares alone would follow it."""
-    config = SCHEMES.get("int4")(granularity="channel", symmetric=False, scale_dtype="float32")
-    x = (torch.arange(16.0).repeat(8) - 5.0)[None] * 0.5
-    x = x + 0.2  # between two levels, for the range's own zero point
-    q = HQQ().solve(x, config.quantizer())
-    assert errors(q, x, 0.7) <= errors(RoundToNearest().solve(x, config.quantizer()), x, 0.7)
+    """A range that its step, once rounded to bfloat16, covers no more, of -4.52 to 10.51 steps: the range's own zero point, 5,
+    cuts off 0.51 of a step at the end where almost all weights are; 4 cuts off 0.52 where one is."""
+    config = SCHEMES.get("int4")(granularity="channel", symmetric=False, scale_dtype="bfloat16")
+    x = torch.full((1, 128), 10.51)
+    x[:, 7] = -4.52
+    plain, found = (a.solve(x, config.quantizer()) for a in (RoundToNearest(), HQQ()))
+    assert plain.params["scale"] == found.params["scale"] == 1
+    assert (plain.params["zero_point"], found.params["zero_point"]) == (5, 4)
+    for norm in (0.7, 2.0):
+        assert (errors(found, x, norm) < 0.99 * errors(plain, x, norm)).all()
 
 
 def test_the_threshold_is_that_of_the_paper() -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from test_algorithms import ALL, heavy, label
+from test_algorithms import ALL, heavy, label, second_moments
 from torch import Tensor
 
 from quantplan import scale_search
 from quantplan.algorithms.rtn import RoundToNearest
-from quantplan.scale_search import Ranges, choose, joined, search_scales
+from quantplan.scale_search import Ranges, choose, joined, search_by_hessian, search_scales
 from quantplan.scheme import SCHEMES, NonFinite, Params, Quantizer, SchemeConfig
 
 
@@ -142,6 +142,53 @@ def test_planted_steps_are_found() -> None:
     config = SCHEMES.get("int4")(granularity="channel", scale_dtype="float32")
     found = search_scales(weight, config.quantizer(), importance, Ranges(20, 0.4))
     torch.testing.assert_close(found["scale"].flatten(), torch.full((4,), 0.0371))
+
+
+@pytest.mark.parametrize("config", ALL, ids=label)
+class TestByHessian:
+    def test_a_diagonal_one_counts_columns_apart(self, config: SchemeConfig) -> None:
+        """As `search_scales` does; but it compares what is stored, so it may end lower."""
+        weight, quantizer, importance = heavy(130, 192), config.quantizer(), shares(192)
+        by_hessian = search_by_hessian(weight, quantizer, importance.diag(), Ranges(9, 0.4))
+        by_columns = search_scales(weight, quantizer, importance, Ranges(9, 0.4))
+        found, other = (weighed_error(weight, quantizer, p, importance) for p in (by_hessian, by_columns))
+        scale = quantizer.groups(weight * importance.sqrt()).double().square().sum(-1)
+        assert (found <= other * (1 + 1e-4) + 1e-7 * scale).all()
+        assert found.sum() >= 0.95 * other.sum() or config.bits > 4
+
+    def test_pieces_change_nothing(self, config: SchemeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        """But for ties, which sums of another order may decide."""
+        weight, quantizer, hessian = heavy(130, 192), config.quantizer(), second_moments(192).hessian
+        whole = search_by_hessian(weight, quantizer, hessian, Ranges(5, 0.5))
+        for name, size in (("PIECE", 192 * 7), ("ROWS", 7)):
+            monkeypatch.setattr(scale_search, name, size)
+        parts = search_by_hessian(weight, quantizer, hessian, Ranges(5, 0.5))
+        assert all(p.shape == whole[n].shape and p.dtype == whole[n].dtype for n, p in parts.items())
+        assert all((p.float() == whole[n].float()).float().mean() > 0.99 for n, p in parts.items())
+
+    def test_nothing_counts(self, config: SchemeConfig) -> None:
+        weight, quantizer = heavy(4, 64), config.quantizer()
+        weight[3] = 0
+        found = search_by_hessian(weight, quantizer, torch.zeros(64, 64), Ranges(5, 0.5))
+        fitted = quantizer.fit(quantizer.groups(weight), 1.0, weight.abs().amax())
+        for name, param in fitted.items():
+            assert torch.equal(found[name].view(torch.uint8), param.view(torch.uint8))
+
+
+def test_columns_that_go_together_are_fitted_together() -> None:
+    """Two columns that always see the same input: only the sum of their weights counts, which one step makes exact and none
+    makes both weights."""
+    config = SCHEMES.get("int4")(group_size=32, scale_dtype="float32")
+    weight, hessian = torch.zeros(1, 32), torch.zeros(32, 32)
+    weight[0, :3] = torch.tensor([7.0, 1.45, 2.55])  # 1 + 3 is their sum, and 1 and 3 are their codes at step 1
+    hessian[1:3, 1:3] = 1.0
+    quantizer = config.quantizer()
+    for search, expected in ((search_by_hessian, 0.0), (search_scales, 0.1)):
+        counted = hessian if search is search_by_hessian else hessian.diagonal()
+        params = search(weight, quantizer, counted, Ranges(2, 0.9))
+        error = quantizer.nearest(quantizer.groups(weight), params).flatten() - weight[0]
+        cost = float(error @ hessian @ error)
+        assert cost < 1e-9 if expected == 0 else cost > 1e-4
 
 
 def test_joined_and_choose() -> None:

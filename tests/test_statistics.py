@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from quantplan.errors import QuantplanError
@@ -31,14 +33,32 @@ def test_damping_is_a_share_of_the_mean_diagonal() -> None:
     assert statistics.damped(0.01) is statistics.damped(0.01)
 
 
-def test_columns_that_were_always_zero_get_one() -> None:
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 1e12])
+def test_columns_that_were_always_zero_are_damped_as_the_others(scale: float) -> None:
     x, _ = inputs()
     x[:, [3, 40]] = 0
-    damped = moments(x).damped(0.01)
-    assert damped[3, 3] == damped[40, 40] == 1
-    assert damped[0, 0] > damped[0, 1:].abs().sum() * 0 and torch.linalg.cholesky_ex(damped)[1] == 0
-    nothing = Statistics(torch.zeros(5, 5), 0)
-    assert torch.equal(nothing.damped(0.01), torch.eye(5))
+    statistics = moments(x * scale)
+    hessian, damped = statistics.hessian.double(), statistics.damped(0.01).double()
+    share = 0.01 * hessian.diagonal().mean()
+    torch.testing.assert_close(damped, hessian + share * torch.eye(48), rtol=1e-6, atol=1e-6 * float(share))
+    upper = statistics.factor(0.01, torch.arange(48)).double()
+    silent = upper.diagonal()[[3, 40]].square().reciprocal()  # what an error there costs
+    torch.testing.assert_close(silent, share.expand(2), rtol=1e-4, atol=0)
+
+
+def test_without_inputs_all_columns_count_alike() -> None:
+    assert torch.equal(Statistics(torch.zeros(5, 5), 0).damped(0.01), torch.eye(5))
+
+
+@given(st.integers(-30, 30), st.floats(1e-6, 1), st.integers(0, 3))
+def test_inputs_of_another_scale_have_the_same_factors_and_corrections(power: int, damping: float, seed: int) -> None:
+    """Of powers of two, bit for bit."""
+    x, y = inputs(60, 12, seed)
+    x[:, 5] = y[:, 5] = 0
+    one, other = moments(x, y), moments(x * 2.0**power, y * 2.0**power)
+    order, weight = torch.randperm(12), torch.randn(3, 12)
+    assert torch.equal(other.factor(damping, order) * 2.0**power, one.factor(damping, order))
+    assert torch.equal(other.corrected(weight, damping), one.corrected(weight, damping))
 
 
 @pytest.mark.parametrize("order", ["as they are", "largest first", "random"])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from quantplan.tensor import QuantizedTensor
 
 BLOCK = 64  # columns whose errors are passed on one by one; beyond them, by one matrix product
+NORMAL = 1 << 24  # elements of the normal equations of as many rows as are solved at a time: 64 MB
 
 
 @ALGORITHMS.register("gptq")
@@ -179,6 +180,17 @@ def _refit(target: Tensor, quantizer: Quantizer, params: Params, values: Tensor,
 
     columns, rows = target.shape
     across = quantizer.config.grid(rows, columns)[1]
+    height = max(1, NORMAL // across**2)
+    pieces = zip(target.split(height, 1), values.split(height, 1), strict=True)
+    factors = torch.cat([_factors(t, v, across, hessian) for t, v in pieces])
+    return quantizer.with_step(params, quantizer.step(params) * factors)
+
+
+def _factors(target: Tensor, values: Tensor, across: int, hessian: Tensor) -> Tensor:
+    """What the steps of some rows are to be multiplied by, `[rows, across, 1]`; 1 where no sound factor was found."""
+    import torch
+
+    columns, rows = target.shape
     wide = columns // across
     parts = values.view(across, wide, rows)
     normal = torch.empty(rows, across, across)
@@ -191,7 +203,7 @@ def _refit(target: Tensor, quantizer: Quantizer, params: Params, values: Tensor,
     normal += torch.diag_embed(torch.where(size > 0, ridge, 1.0))
     factors, failed = torch.linalg.solve_ex(normal, wanted.unsqueeze(-1))
     good = torch.isfinite(factors) & (factors > 0.1) & (size > 0).unsqueeze(-1) & (failed == 0).view(-1, 1, 1)
-    return quantizer.with_step(params, quantizer.step(params) * torch.where(good, factors, 1.0))
+    return torch.where(good, factors, 1.0)
 
 
 def _error(target: Tensor, values: Tensor, hessian: Tensor) -> Tensor:

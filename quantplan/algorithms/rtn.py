@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm, Need
-from quantplan.scale_search import Ranges, choose, search_scales
+from quantplan.scale_search import Ranges, choose, search_by_hessian, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 class RoundToNearest(Algorithm):
     """Round to nearest: needs no data."""
 
-    search: Literal["minmax", "mse", "imatrix"] = "minmax"
+    search: Literal["minmax", "mse", "imatrix", "hessian"] = "minmax"
     """`minmax`: the range covers every weight; `mse`: per group the range, of a grid of shrunken ones, with the least squared
-    error; `imatrix`: the same with each weight counting as the mean square of its input, which takes calibration"""
+    error; `imatrix`: the same with each weight counting as the mean square of its input, which takes calibration;
+    `hessian`: likewise, but with the least squared error of the group's outputs"""
     grid: int = Field(default=25, ge=2, le=1000)
-    """ranges that `mse` and `imatrix` try"""
+    """ranges that searches try"""
     lowest: float = Field(default=0.4, gt=0, lt=1)
     """the narrowest of them, as a share of the full one"""
 
     @property
     def needs(self) -> frozenset[Need]:
-        return frozenset({"hessian"}) if self.search == "imatrix" else frozenset()
+        return frozenset({"hessian"}) if self.search in ("imatrix", "hessian") else frozenset()
 
     def solve(
         self,
@@ -43,10 +44,13 @@ class RoundToNearest(Algorithm):
         groups = quantizer.groups(weight)
         if absmax is None and quantizer.config.needs_absmax:
             absmax = groups.abs().amax()
+        ranges = Ranges(self.grid, self.lowest)
         if self.search == "imatrix":
             assert statistics is not None, "search: imatrix needs statistics"
-            importance = statistics.hessian.diagonal()
-            params = search_scales(weight, quantizer, importance, Ranges(self.grid, self.lowest), absmax)
+            params = search_scales(weight, quantizer, statistics.hessian.diagonal(), ranges, absmax)
+        elif self.search == "hessian":
+            assert statistics is not None, "search: hessian needs statistics"
+            params = search_by_hessian(weight, quantizer, statistics.hessian, ranges, absmax)
         elif self.search == "mse":
             params = self._least_error(groups, quantizer, absmax)
         else:

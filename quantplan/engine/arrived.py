@@ -13,7 +13,7 @@ from torch import Tensor
 from quantplan.assignment import Assignment
 from quantplan.engine import moments
 from quantplan.engine.batches import Batches
-from quantplan.scheme import Params
+from quantplan.scheme import Params, check_finite
 from quantplan.statistics import Statistics
 
 
@@ -74,7 +74,8 @@ class Arrived:
     @cached_property
     def statistics(self) -> Statistics:
         """Second moments of the rounded inputs, and their drift where the same tokens came in both chains. A quantized router
-        sends tokens elsewhere, so the inputs of one expert are not the same tokens, even where they are as many."""
+        sends tokens elsewhere, so the inputs of one expert are not the same tokens, even where they are as many. Raises
+        NonFinite."""
         columns = next(iter(self.quantized.values())).shape[-1]
         paired = all(i in self.exact and self.batches.whole(x, i, self.tokens[i]) for i, x in self.rounded.items())
         hessian, fast = moments.SecondMoment(columns), moments.fast_dtype()
@@ -86,7 +87,9 @@ class Arrived:
                 away = self.batches.counted(self.exact[i], i) - x
                 moved += away.to(fast).t() @ x.to(fast)
         drift = None if moved is None else moved.div_(max(1, hessian.count))
-        return Statistics(hessian.mean(), hessian.count, drift)
+        mean = hessian.mean()
+        check_finite(mean)
+        return Statistics(mean, hessian.count, drift)
 
     def mean(self) -> Tensor:
         """Of the rounded inputs, float32 `[columns]`."""

@@ -19,7 +19,8 @@ from quantplan.engine.arrived import Arrived, round_inputs
 from quantplan.engine.lockstep import Wait, lockstep
 from quantplan.engine.scaling import Saw
 from quantplan.engine.tuning import TunedBlock
-from quantplan.errors import fail
+from quantplan.errors import Place as Origin
+from quantplan.errors import QuantplanError, fail
 from quantplan.kv_cache import SCALES, KVCache
 from quantplan.live.cache import CACHE, SeenCache, changing_cache, takes_cache
 from quantplan.live.experts import every_token_to_every_expert
@@ -68,7 +69,7 @@ class Block:
             self.attentions = {k: v for k, v in run.attentions.items() if k.startswith(f"{self.name}.")}
             if len(self.attentions) > 1:
                 text = f"'{self.name}' has several attentions, whose keys and values cannot be told apart"
-                raise fail("QP224", text, "leave kv_cache out")
+                raise fail("QP224", text, "leave kv_cache out", file=run.source)
             self.first = min(len(self.exact_calls), len(exact))
             runs = [self._forward(i, original, c, h) for i, (c, h) in enumerate(zip(self.exact_calls, exact, strict=False))]
             both = zip(self.calls, hidden, strict=bool(self.calls))
@@ -172,7 +173,10 @@ class Block:
         needs = any(self.run.jobs[n].assignment.algorithm.needs for n in unsolved)
         for i, x in arrived.quantized.items() if unsolved and (needs or arrived.params) else ():
             self._follow(point, x, i, arrived.tokens[i])
-        statistics = arrived.statistics if needs else None
+        try:
+            statistics = arrived.statistics if needs else None
+        except NonFinite:
+            raise self._not_finite("the inputs, or their squares", "keep the module: keep: true", names[0]) from None
         for name in unsolved:
             solve = partial(self._solve, name, statistics)
             self.changed |= self.run.correcting.around(self.run.jobs[name].matrix, arrived.mean, solve)
@@ -191,7 +195,7 @@ class Block:
                 self.run.batches.counted(x.transpose(1, 2).flatten(0, 1), i - self.first) for i, x in quantized.items()
             ])  # fmt: skip
         except NonFinite:
-            raise fail("QP601", "NaN or infinity in keys or values", "leave kv_cache out", tensor=f"{module}.{scale}") from None
+            raise self._not_finite("keys or values", "leave kv_cache out", f"{module}.{scale}") from None
         self.ranges.setdefault(module, {})[scale] = found
         return {**states, **{i: cache.rounded(x, found) for i, x in quantized.items()}}
 
@@ -211,7 +215,7 @@ class Block:
             if made.counts or made.known is not None:
                 made.rounded  # noqa: B018  computed once, here, where the name is known
         except NonFinite:
-            raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
+            raise self._not_finite("the inputs", "keep the module: keep: true", name) from None
         self._last = made
         return made
 
@@ -219,6 +223,9 @@ class Block:
         """Before and after what takes much memory: between the two, runs of batches would fill other memory."""
         if next(iter(inputs.values())).shape[-1] >= WIDE:
             memory.return_memory()
+
+    def _not_finite(self, where: str, advice: str, tensor: str) -> QuantplanError:
+        return fail("QP601", f"NaN or infinity in {where}", advice, file=self.run.source, tensor=tensor)
 
     def _solve(self, name: str, statistics: Statistics | None) -> None:
         job = self.run.jobs[name]
@@ -234,7 +241,9 @@ class Block:
             made = algorithm.solve(weight, wq.quantizer(name), absmax, statistics)
         except NonFinite:
             advice = "mend the checkpoint, or keep the module: keep: true"
-            raise fail("QP601", "NaN or infinity in the weight or its inputs", advice, tensor=job.matrix.tensor) from None
+            raise self._not_finite("the weight or its inputs", advice, job.matrix.tensor) from None
+        except QuantplanError as failed:  # QP604
+            raise QuantplanError(p.at(Origin(self.run.source, tensor=name)) for p in failed.problems) from None
         values = wq.quantizer().dequantize(made)
         at = 0
         for place in places:
@@ -303,7 +312,8 @@ class Block:
         """What no token came to. Raises QP605 for a matrix, or a cache, that every token should have come to."""
         for name in self.attentions.values():
             if len(self.ranges.get(name, ())) < len(SCALES):
-                raise fail("QP605", f"'{name}' puts no keys and values into a cache when it runs", "leave kv_cache out")
+                text = f"'{name}' puts no keys and values into a cache when it runs"
+                raise fail("QP605", text, "leave kv_cache out", file=self.run.source)
         for (parameter, index), names in self.inside.items():
             for name in names:
                 job = self.run.jobs.get(name)
@@ -312,7 +322,8 @@ class Block:
                 takes = job.assignment.algorithm.takes_data or job.assignment.observer is not None
                 if takes and index is None and ".experts." not in parameter:
                     text = f"'{name}' was given no input: the model never used it for these data"
-                    raise fail("QP605", text, "give it algorithm: rtn, and no static activations, in an override")
+                    advice = "give it algorithm: rtn, and no static activations, in an override"
+                    raise fail("QP605", text, advice, file=self.run.source)
                 self._solve(name, None)
 
 

@@ -73,8 +73,8 @@ class _Job:
 
 def solve_blocks(run: Run, data: CalibrationSet, store: SolvedBlocks) -> Generator[SolvedBlock, None, None]:
     """Solves every matrix in the model's blocks into `store`, yielding after each block. Goes on after the blocks that `store`
-    has. Raises QP224 and QP225 where the model cannot be run block by block on these data, QP601 for NaN or infinity in a weight,
-    QP605 when a matrix that needs data was never given any."""
+    has. Raises QP224 and QP225 where the model cannot be run block by block on these data, QP601 for NaN or infinity in a weight
+    or its inputs, QP604 where second moments of inputs have no factor, QP605 when a matrix that needs data was given none."""
     memory.keep_memory()
     yield from run.blocks(data, store)
 
@@ -89,7 +89,7 @@ class Run:
     def __init__(self, resolution: Resolution, reader: TensorReader, trust_remote_code: bool = False) -> None:
         """Raises QP222 to QP224 where the model cannot be run block by block, QP226 where a transform does not fit it."""
         checkpoint = resolution.checkpoint
-        self.reader = reader
+        self.reader, self.source = reader, checkpoint.source
         self.model = skeleton(checkpoint.require_path(), trust_remote_code, torch.float32)
         self.weights = Weights(self.model, checkpoint)
         self.stacks = find_blocks(self.model)
@@ -126,7 +126,7 @@ class Run:
                     taker = f"'{assignment.algorithm.name}'" if assignment.algorithm.takes_data else "its static activations"
                     advice = "give it algorithm: rtn in an override" if assignment.algorithm.takes_data else "give it aq: null"
                     text = f"'{assignment.name}' is outside of the model's blocks, where no data come to {taker}"
-                    raise fail("QP224", text, advice)
+                    raise fail("QP224", text, advice, file=self.source)
 
     def _check_products(self) -> None:
         """Raises QP113 for matrices that the model's code multiplies as one, whose inputs would be rounded in several ways."""
@@ -137,7 +137,7 @@ class Run:
             other = next((n for n in names if ways[n] != ways[names[0]]), None)
             if other is not None:
                 text = f"the model multiplies '{names[0]}' and '{other}' as one, and their activations are treated differently"
-                raise fail("QP113", text, "give them one aq, or algorithms without calibration to all matrices")
+                raise fail("QP113", text, "give them one aq, or algorithms without calibration to all matrices", file=self.source)
 
     def _largest(self, matrix: Matrix) -> Tensor:
         """`max |w|` of a matrix in the loaded block, as transforms left it."""

@@ -18,7 +18,7 @@ from quantplan.engine.apply import check_target, unfollowed_tokens, with_weights
 from quantplan.engine.batches import Batches
 from quantplan.engine.collected import StatisticsWriter
 from quantplan.engine.progress import OnStep, Step
-from quantplan.errors import Problem, QuantplanError
+from quantplan.errors import Problem, QuantplanError, fail
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
 from quantplan.live.experts import check_all_experts, every_token_to_every_expert
@@ -29,6 +29,7 @@ from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
 from quantplan.plan.load import load_plan
 from quantplan.plan.schema import Calibration
+from quantplan.scheme import NonFinite, check_finite
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def collect(
     which is absent or whole at every moment. Nothing else of the plan matters.
 
     Raises QuantplanError: bad plan, data or checkpoint (QP1xx to QP3xx; QP224 for `all_experts` where there are none), output
-    exists or is locked (QP5xx).
+    exists or is locked (QP5xx), inputs that are not finite (QP601).
     """
     tell: OnStep = on_step or (lambda step: None)
     loaded, target = load_plan(plan), Path(out)
@@ -133,6 +134,12 @@ class _Collecting:
         ]
         found, matrices = seen.finished()
         self.unfollowed.extend(seen.unfollowed)
+        for matrix, parts in found.items():
+            try:
+                check_finite(parts["hessian"])
+            except NonFinite:
+                text, file = "NaN or infinity in the inputs, or their squares", self.weights.checkpoint.source
+                raise fail("QP601", text, "mend the checkpoint", file=file, tensor=matrix) from None
         writer.add(number, found, matrices)
         self.inputs, self.matrices = self.inputs + len(found), self.matrices + sum(map(len, matrices.values()))
         return after

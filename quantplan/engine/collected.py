@@ -29,6 +29,7 @@ from quantplan.headers import Checkpoint
 from quantplan.models.modules import Matrix
 from quantplan.plan.resolve import Resolution
 from quantplan.plan.schema import Calibration
+from quantplan.scheme import NonFinite, check_finite
 from quantplan.statistics import Statistics
 
 NAME = "statistics.json"
@@ -135,6 +136,10 @@ class CollectedStatistics:
             raise fail("QP234", f"cannot be read: {error}", COLLECT, file=str(path)) from None
         if hessian.shape != (columns, columns):
             raise fail("QP234", f"'{name}' is of {len(hessian)} columns, not {columns}", COLLECT, file=str(path))
+        try:
+            check_finite(hessian)
+        except NonFinite:
+            raise fail("QP601", "NaN or infinity in the second moments", COLLECT, file=str(path), tensor=name) from None
         return Statistics(hessian, count)
 
 

@@ -20,7 +20,7 @@ from quantplan.live.forward import Forward
 from quantplan.live.graph import Edge, Probe, Target, apply_scale, holds, linears_fed_by
 from quantplan.live.probes import find_probes
 from quantplan.live.weights import Weights
-from quantplan.scheme import SAFETENSORS_DTYPES
+from quantplan.scheme import SAFETENSORS_DTYPES, NonFinite, check_finite
 from quantplan.transform import Channels, Inputs, Reader, Transform
 
 Saw = Callable[[str, int | None, Tensor], None]
@@ -102,7 +102,8 @@ class Scaling:
                 yield edge
 
     def __call__(self, name: str, run: Pass) -> dict[str, Tensor | None]:
-        """Scales the loaded block called `name`. Stored tensor -> what it has become, None for quantized matrices."""
+        """Scales the loaded block called `name`. Stored tensor -> what it has become, None for quantized matrices. Raises QP601
+        for inputs that are not finite."""
         plans = [(t, list(self._usable(t, name, {}))) for t in self._transforms]
         wanted = [edge for _, edges in plans for edge in edges]
         if not wanted:
@@ -114,6 +115,7 @@ class Scaling:
             if not edges:
                 continue
             gathered = _gather(name, edges, run, transform.needs_hessian)
+            self._check(name, gathered)
             for edge in edges:
                 if any(_source_of(edge, target) not in gathered for target in edge.targets):
                     continue  # no token came there
@@ -123,6 +125,14 @@ class Scaling:
                 apply_scale(block, edge, self._storable(name, block, edge, factors))
                 changed |= dict.fromkeys(_parameters(name, edge))
         return dict(self._stored.of(changed))
+
+    def _check(self, name: str, gathered: Mapping[str, Inputs]) -> None:
+        for parameter, inputs in gathered.items():
+            try:
+                check_finite(inputs.magnitude if inputs.hessian is None else inputs.hessian)
+            except NonFinite:
+                text, file = "NaN or infinity in the inputs, or their squares", self._weights.checkpoint.source
+                raise fail("QP601", text, "mend the checkpoint", file=file, tensor=f"{name}.{parameter}") from None
 
     def _channels(self, name: str, block: nn.Module, edge: Edge, gathered: Mapping[str, Inputs]) -> Channels:
         readers = []

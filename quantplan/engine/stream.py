@@ -18,7 +18,7 @@ from quantplan.algorithm import ALGORITHMS
 from quantplan.checkpoint.layout import Unit
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.engine.magnitudes import Magnitudes
-from quantplan.errors import fail
+from quantplan.errors import Place, QuantplanError, fail
 from quantplan.models.modules import Matrix
 from quantplan.scheme import BLOCK, NonFinite
 from quantplan.tensor import QuantizedTensor, concatenate
@@ -43,7 +43,7 @@ def quantized(
     """Each quantize-unit with its quantized matrix, in order; what calibration has `solved` is taken from there.
     `collected`: for algorithms that need statistics; matrices that it has none of are rounded.
 
-    Raises QP601 for NaN or infinity in a weight."""
+    Raises QP601 for NaN or infinity in a weight, QP604 for statistics that have no factor."""
     units = list(units)
     sharing = (u.matrix for u in units if u.matrix and u.assignment and u.assignment.wq and u.assignment.wq.needs_absmax)
     magnitudes = Magnitudes(sharing, partial(_largest, reader))
@@ -94,6 +94,10 @@ def _quantize(
         ])  # fmt: skip
     except NonFinite:
         raise _non_finite(matrix, reader) from None
+    except QuantplanError as error:
+        if collected is None or error.problems[0].code != "QP604":
+            raise
+        raise QuantplanError(p.at(Place(str(collected.folder), tensor=matrix.name)) for p in error.problems) from None
 
 
 def _rows_at_once(matrix: Matrix) -> int:
