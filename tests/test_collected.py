@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -15,12 +17,13 @@ import zoo
 from checkpoints import tree
 from safetensors.torch import load_file, save_file
 from test_calibrated import IDS, OUTSIDE, decoded, fake_quantized, hooked, starve
+from torch import Tensor
 from typer.testing import CliRunner
 
 import quantplan
 from quantplan.algorithms.gptq import GPTQ
 from quantplan.cli.app import app
-from quantplan.engine import calibrated, collect, moments
+from quantplan.engine import calibrated, collect, memory, moments
 from quantplan.engine.apply import apply
 from quantplan.engine.collected import CollectedStatistics
 from quantplan.engine.progress import Step
@@ -250,6 +253,40 @@ def test_the_folder_is_absent_or_whole(folder: Path, tmp_path: Path, stats: Path
     assert tree(out) == tree(stats)
 
 
+def test_hidden_states_on_disk(folder: Path, tmp_path: Path, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short: the same statistics, and nothing that lies on disk is held in memory too."""
+    spilled, real = [], memory.on_disk
+
+    def on_disk(x: Tensor, at: Path) -> Tensor:
+        assert not any(r() is not None for r in spilled)
+        spilled.append(weakref.ref(x))
+        return real(x, at)
+
+    monkeypatch.setattr(memory, "room", lambda: 0)
+    monkeypatch.setattr(memory, "on_disk", on_disk)
+    collect.collect(zoo.build("llama", folder), settings(folder), tmp_path / "stats")
+    assert len(spilled) == 4 and tree(tmp_path / "stats") == tree(stats)  # what goes into three blocks, and comes out
+
+
+@pytest.mark.parametrize(("code", "disk", "memory"), [("QP401", 0, 1 << 40), ("QP404", 1 << 40, 0)])
+def test_too_little_room(
+    folder: Path, tmp_path: Path, stats: Path, monkeypatch: pytest.MonkeyPatch, code: str, disk: int, memory: int
+) -> None:
+    """Said before a block is run, of what is then written within 1 %."""
+    free, available = shutil.disk_usage(tmp_path), psutil.virtual_memory()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=disk))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: available._replace(available=memory))
+    steps: list[Step] = []
+    with pytest.raises(QuantplanError, match=code) as caught:
+        collect.collect(zoo.build("llama", folder), settings(folder), tmp_path / "stats", on_step=steps.append)
+    assert not any(s.phase == "calibrating" for s in steps) and os.listdir(tmp_path) == []
+    if code == "QP401":
+        hessians = [4 * e["columns"] ** 2 for e in json.loads((stats / "statistics.json").read_text())["inputs"].values()]
+        assert f" {sum(hessians) - 3 * min(hessians):,} bytes" in str(
+            caught.value
+        )  # o_proj's, with q_proj's columns, is not known
+
+
 # the command line
 
 
@@ -269,5 +306,10 @@ def test_commands(folder: Path, tmp_path: Path, stats: Path) -> None:
     assert applied.exit_code == 0, applied.output
     apply(path, file, tmp_path / "direct", statistics=stats)
     assert tree(tmp_path / "out") == tree(tmp_path / "direct")
-    text = run("calibrate", path, file, "-o", tmp_path / "again", "-q")
+    log = tmp_path / "events.jsonl"
+    text = run("calibrate", path, file, "-o", tmp_path / "again", "-q", "--events", log)
     assert "144 tokens, 12 inputs of 21 matrices in 3 blocks" in text.stdout
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    blocks = [(e["name"], e["done"], e["total"]) for e in events if e["phase"] == "calibrating"]
+    assert blocks == [(f"model.layers.{k}", k + 1, 3) for k in range(3)]
+    assert [e["time"] for e in events] == sorted(e["time"] for e in events)

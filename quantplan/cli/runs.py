@@ -123,6 +123,9 @@ def calibrate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let it run Python code that the checkpoint brings.")
     ] = False,
+    events: Annotated[
+        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
@@ -132,10 +135,10 @@ def calibrate(
     """
     from quantplan.engine import collect as engine
 
-    with stoppable() as stop, show.phases(quiet) as advance:
+    with followed(quiet, events) as (tell, stop):
 
         def on_step(step: Step) -> None:
-            advance(step.phase, step.done, step.total, step.name)
+            tell(step)
             stop.check("repeat the same command to start again")
 
         made = engine.collect(model, plan, output, revision=revision, trust_remote_code=trust_remote_code, on_step=on_step)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from quantplan.calibration.read import CalibrationSet, read_calibration
 from quantplan.checkpoint.reader import TensorReader
-from quantplan.engine import moments
-from quantplan.engine.apply import check_target, with_weights
+from quantplan.engine import memory, moments
+from quantplan.engine.apply import check_room, check_target, with_weights
 from quantplan.engine.batches import Batches
 from quantplan.engine.collected import StatisticsWriter
 from quantplan.engine.progress import OnStep, Step
 from quantplan.errors import Problem, QuantplanError
+from quantplan.estimate import LIVE
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
 from quantplan.live.experts import every_token_to_every_expert
@@ -81,7 +82,8 @@ def collect(
             raise QuantplanError(loaded.locate(p) for p in error.problems) from None
         with TensorReader(source.require_path(), source.tensors) as reader:
             weights = Weights(skeleton(source.require_path(), trust_remote_code, torch.float32), source)
-            run = _Collecting(weights, reader, data, settings.all_experts)
+            run = _Collecting(weights, reader, data, settings.all_experts, memory.HiddenStates(writer.staging).keep)
+            _check_environment(run, target)
             run.blocks(writer, tell)
         writer.publish(source, settings, data.hash)
     size = sum(p.stat().st_size for p in target.iterdir())
@@ -89,11 +91,27 @@ def collect(
     return Collected(target, run.total, run.inputs, run.matrices, data.counted, size, notes)
 
 
+def _check_environment(run: _Collecting, out: Path) -> None:
+    """Disk for all second moments, and memory for the largest block with its own, before hours are spent. Matrices of one module
+    with as many columns are taken as given one input. Raises QP401, QP404."""
+    parameters, disk, largest = run.weights.empty(), 0, 0
+    for name in run.stacks.names:
+        inputs: dict[tuple[str, int], int] = {}
+        for (parameter, _), matrices in run.weights.matrices_in(name).items():
+            columns = parameters[parameter].shape[-2 if run.weights.places[matrices[0]][0].transposed else -1]
+            inputs[matrices[0].rpartition(".")[0], columns] = 4 * columns**2
+        weights = sum(4 * parameters[n].numel() for n in run.weights.under(name) if n in parameters)
+        disk, largest = disk + sum(inputs.values()), max(largest, weights + sum(inputs.values()))
+    check_room(disk, LIVE + largest, out)
+
+
 class _Collecting:
     """One run through the model."""
 
-    def __init__(self, weights: Weights, reader: TensorReader, data: CalibrationSet, all_experts: bool) -> None:
-        self.weights, self.reader, self.all_experts = weights, reader, all_experts
+    def __init__(
+        self, weights: Weights, reader: TensorReader, data: CalibrationSet, all_experts: bool, keep: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.weights, self.reader, self.all_experts, self.keep = weights, reader, all_experts, keep
         self.stacks = find_blocks(weights.model)
         self.batches = Batches(data, weights.model.config)
         self.total, self.inputs, self.matrices = len(self.stacks.names), 0, 0
@@ -103,9 +121,10 @@ class _Collecting:
         forward, number = Forward(self.stacks, self.weights, self.reader), 0
         ends: list[list[Tensor]] = []
         for s, stack in enumerate(self.stacks.stacks):
-            captured = forward.capture(s, self.batches.inputs, ends)
-            hidden = [h.float() for h in captured.hidden]
-            for name, calls in zip(stack.blocks, captured.calls, strict=True):
+            captured = forward.capture(s, self.batches.inputs, ends, keep=self.keep)
+            hidden, block_calls = captured.hidden, captured.calls
+            del captured  # it would hold the first hidden states to the end of the stack
+            for name, calls in zip(stack.blocks, block_calls, strict=True):
                 self.weights.load(name, self.reader)
                 try:
                     hidden = self._block(writer, number, name, calls, hidden)
@@ -142,9 +161,9 @@ class _Collecting:
 
         with moments.computing(), watching(module, see, name):
             if not self.all_experts:
-                return call(module, hidden).float()
+                return self.keep(call(module, hidden))
             with every_token_to_every_expert(module):
-                return call(module, hidden).float()
+                return self.keep(call(module, hidden))
 
 
 Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one

@@ -144,14 +144,14 @@ class StatisticsWriter:
 
     def __init__(self, out: Path) -> None:
         self.out = Path(os.path.abspath(out))
-        self._staging = staging_of(self.out)
+        self.staging = staging_of(self.out)
         self._files: dict[str, str] = {}
         self._inputs: dict[str, dict[str, Any]] = {}
 
     @contextmanager
     def opened(self) -> Iterator[StatisticsWriter]:
         """Holds the lock; what an interrupted run left is removed, and so is what a failed one leaves."""
-        lock = self._staging.with_name(f"{self._staging.name}.lock")
+        lock = self.staging.with_name(f"{self.staging.name}.lock")
         with durable.named_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             descriptor, holder = durable.lock(lock)
@@ -161,17 +161,17 @@ class StatisticsWriter:
             try:
                 if os.path.lexists(self.out):
                     raise fail("QP503", "the output exists", "choose another, or remove it", file=str(self.out))
-                durable.remove(self._staging)
-                self._staging.mkdir()
+                durable.remove(self.staging)
+                self.staging.mkdir()
                 yield self
             finally:
-                durable.remove(self._staging)
+                durable.remove(self.staging)
                 durable.unlock(lock, descriptor)
 
     def add(self, block: int, inputs: Mapping[str, Mapping[str, Tensor]], matrices: Mapping[str, list[str]]) -> None:
         """One block: for each input its tensors, and the matrices that are given it."""
         file = f"block-{block:05}.safetensors"
-        path = self._staging / file
+        path = self.staging / file
         with durable.named_errors(path):
             save_file({f"{name}.{part}": t for name, parts in inputs.items() for part, t in parts.items()}, path)
             with open(path, "rb") as written:
@@ -194,8 +194,8 @@ class StatisticsWriter:
             "inputs": self._inputs,
         }
         with durable.named_errors(self.out):
-            durable.write_durably(self._staging / NAME, json_bytes(document))
-            durable.sync_folder(self._staging)
-            if not durable.rename(self._staging, self.out, durable.RENAME_NOREPLACE):
-                os.rename(self._staging, self.out)
+            durable.write_durably(self.staging / NAME, json_bytes(document))
+            durable.sync_folder(self.staging)
+            if not durable.rename(self.staging, self.out, durable.RENAME_NOREPLACE):
+                os.rename(self.staging, self.out)
             durable.sync_folder(self.out.parent)
