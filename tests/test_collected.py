@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,21 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import quantplan
+import quantplan.estimate as estimating
+from quantplan import statistics
 from quantplan.algorithms.gptq import GPTQ
+from quantplan.checkpoint.layout import output_layout
 from quantplan.cli.app import app
-from quantplan.engine import calibrated, collect, memory, moments
-from quantplan.engine.apply import apply
+from quantplan.engine import calibrated, collect, collected, memory, moments
+from quantplan.engine.apply import apply, prepare
 from quantplan.engine.collected import CollectedStatistics
 from quantplan.engine.progress import Step
 from quantplan.errors import QuantplanError
+from quantplan.estimate import estimate
 from quantplan.models.modules import Matrix
+from quantplan.plan.schema import Calibration
 from quantplan.scheme import SCHEMES
+from quantplan.statistics import Statistics
 
 transformers.logging.set_verbosity_error()
 
@@ -117,6 +124,53 @@ def test_any_plan_may_use_them(folder: Path, tmp_path: Path, stats: Path, monkey
         whole, loaded = fake_quantized(path, out, report), quantplan.load(out, dtype=torch.float32).eval()
         with torch.no_grad():
             torch.testing.assert_close(loaded(IDS).logits, whole(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_held_is_bounded_in_bytes(stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = CollectedStatistics(stats)
+    asked = [Matrix(f"model.layers.{k}.{n}", "", 64, 64) for k in range(3) for n in ("self_attn.q_proj", "self_attn.o_proj")]
+    size = 3 * 4 * 64**2
+
+    def ask(matrix: Matrix) -> weakref.ref[Statistics]:
+        given = found.of(matrix)
+        assert given is not None
+        given.factor(0.01, torch.arange(64))
+        assert given.nbytes == size
+        return weakref.ref(given)
+
+    monkeypatch.setattr(collected, "HELD", 4 * size)
+    alive = [r() is not None for r in [ask(m) for m in asked]]
+    assert alive == [False, False, True, True, True, True]
+    monkeypatch.setattr(collected, "HELD", 0)
+    first = found.of(asked[0])
+    references = [ask(m) for m in asked[1:]]
+    assert [r() is not None for r in references] == [False, False, False, True, True]
+    assert found.of(asked[0]) is first  # whatever is held, what somebody uses is not read again
+
+
+def test_each_input_is_factorized_once(folder: Path, tmp_path: Path, stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, computed = statistics._inverse_factor, []
+    monkeypatch.setattr(statistics, "_inverse_factor", lambda matrix: computed.append(len(matrix)) or real(matrix))
+    for workers in (1, 4):
+        computed.clear()
+        apply(zoo.build("llama", folder), plan(), tmp_path / f"out{workers}", statistics=stats, workers=workers)
+        assert len(computed) == 4 * 3
+
+
+def test_the_estimate_counts_statistics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predicted(algorithm: str, workers: int) -> int:
+        resolution = prepare(zoo.build("llama", folder), plan(algorithm=algorithm))
+        resolution = replace(resolution, collected=Calibration())
+        return estimate(resolution, output_layout(resolution), workers).peak_memory
+
+    sizes = [3 * 4 * columns**2 for columns in (64, 64, 96, 64)]  # of q, o, down and gate, 3 blocks
+    monkeypatch.setattr(estimating, "HELD", 1)
+    least = predicted("gptq", 1) - predicted("rtn", 1)
+    assert least == 3 * sizes[2]  # the two widest, and one that is computed
+    assert predicted("gptq", 4) - predicted("rtn", 4) > least
+    monkeypatch.setattr(estimating, "HELD", 1 << 40)
+    everything = 3 * (sum(sizes) - sizes[1])  # o's columns are q's
+    assert predicted("gptq", 1) - predicted("rtn", 1) == everything + sizes[2]
 
 
 def test_matrices_are_solved_with_their_own_statistics(folder: Path, tmp_path: Path, stats: Path) -> None:

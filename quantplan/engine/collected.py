@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +30,11 @@ from quantplan.headers import Checkpoint
 from quantplan.models.modules import Matrix
 from quantplan.plan.resolve import Resolution
 from quantplan.plan.schema import Calibration
-from quantplan.statistics import Statistics
+from quantplan.statistics import HELD, LATEST, Statistics
 
 NAME = "statistics.json"
 VERSION = 1
 SAMPLES, SAMPLE = 64, 1 << 12  # places in each file of weights, and bytes, that tell fine-tuned models from one another
-KEPT = 8  # inputs whose statistics, and what was computed of them, stay in memory
 COLLECT = "collect them again: quantplan calibrate"
 
 
@@ -77,7 +77,8 @@ class CollectedStatistics:
             raise fail("QP234", "is not what quantplan calibrate writes", COLLECT, file=str(self.folder / NAME)) from None
         self.sha256 = hashlib.sha256(raw).hexdigest()
         self._checked: set[str] = set()
-        self._known: dict[str, Statistics] = {}
+        self._held: dict[str, Statistics] = {}  # the last asked for comes last
+        self._alive: weakref.WeakValueDictionary[str, Statistics] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
 
     def __contains__(self, matrix: object) -> bool:
@@ -111,17 +112,18 @@ class CollectedStatistics:
         return unseen
 
     def of(self, matrix: Matrix) -> Statistics | None:
-        """Of the matrix's input, without drift; one object for matrices that share it, while they are few. From any thread."""
+        """Of the matrix's input, without drift; one object for matrices that share it, while any of them uses it, and then until
+        others fill what may be held. From any thread."""
         if matrix.name not in self:
             return None
         file, name = self._inputs[matrix.name]
         with self._lock:
-            if name not in self._known:
-                while len(self._known) >= KEPT:
-                    del self._known[next(iter(self._known))]
-                self._known[name] = self._read(file, name, matrix.columns)
-            self._known[name] = self._known.pop(name)  # the last to be let go
-            return self._known[name]
+            found = self._alive.get(name) or self._read(file, name, matrix.columns)
+            self._held.pop(name, None)
+            while len(self._held) >= LATEST and found.nbytes + sum(s.nbytes for s in self._held.values()) > HELD:
+                del self._held[next(iter(self._held))]
+            self._held[name] = self._alive[name] = found
+            return found
 
     def _read(self, file: str, name: str, columns: int) -> Statistics:
         path = self.folder / file
