@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import weakref
@@ -25,9 +26,10 @@ import quantplan
 import quantplan.estimate as estimating
 from quantplan import statistics
 from quantplan.algorithms.gptq import GPTQ
+from quantplan.checkpoint import durable
 from quantplan.checkpoint.layout import output_layout
 from quantplan.cli.app import app
-from quantplan.engine import calibrated, collect, collected, memory, moments
+from quantplan.engine import batches, calibrated, collect, collected, memory, moments
 from quantplan.engine.apply import apply, prepare
 from quantplan.engine.collected import CollectedStatistics
 from quantplan.engine.progress import Step
@@ -227,6 +229,94 @@ def test_experts(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not apply(path, plan(), tmp_path / "out2", statistics=tmp_path / "every").resolution.notes
 
 
+# static activations
+
+
+def static(observer: Any, scheme: str = "int8", **more: Any) -> dict[str, Any]:
+    made = plan("int8", "rtn", **more)
+    made["default"]["aq"] = {"scheme": scheme, "dynamic": False, "observer": observer}
+    made["overrides"][0]["aq"] = None
+    return made
+
+
+def scales(out: Path) -> dict[str, Tensor]:
+    tensors = load_file(out / "model.safetensors")
+    return {n: t for n, t in tensors.items() if n.endswith((".input_scale", ".input_global_scale"))}
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+def test_static_ranges_are_those_of_the_observers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: int
+) -> None:
+    """In the first block's first matrices, which nothing quantized precedes, a run without statistics finds the same, bit for
+    bit, whatever the observer; everywhere, the float model's hooks do."""
+    monkeypatch.setattr(batches, "TOKENS", 48)
+    if not skip:  # else in the processor's fast dtype
+        monkeypatch.setattr(moments, "fast_dtype", lambda: torch.float32)
+    path = zoo.build("llama", folder)
+    collect.collect(path, settings(folder, skip_tokens=skip), tmp_path / "stats")
+    given = hooked(path)
+    observers: list[Any] = ["minmax", "static_range", "moving_average", "histogram", "mse", "percentile"]
+    observers += [{"name": "percentile", "percentile": 99.0}, {"name": "histogram", "bits": 4}, {"name": "mse", "grid": 7}]
+    for k, observer in enumerate(observers):
+        chosen = static(observer, "fp8" if k % 3 == 2 else "int8")
+        apply(path, chosen, tmp_path / f"with{k}", statistics=tmp_path / "stats")
+        found = scales(tmp_path / f"with{k}")
+        assert len(found) == 21 and all(t.numel() == 1 and t > 0 for t in found.values())
+        live = {**chosen, **settings(folder, skip_tokens=skip)}
+        live["overrides"] = [*chosen["overrides"], {"pattern": "model.layers.[12].*", "keep": True}]
+        apply(path, live, tmp_path / f"live{k}")
+        expected = scales(tmp_path / f"live{k}")
+        for name in "qkv":
+            at = f"model.layers.0.self_attn.{name}_proj.input_scale"
+            assert torch.equal(found[at], expected[at]), (observer, at)
+        if observer == "minmax" and not skip:
+            for name, scale in found.items():
+                absmax = given[name.removesuffix(".input_scale")].abs().max()
+                torch.testing.assert_close(scale.double().reshape(()), absmax / 127.5, rtol=1e-2, atol=0)
+
+
+def test_nvfp4_with_static_activations(folder: Path, tmp_path: Path, stats: Path) -> None:
+    """Its observer, headroom, counts blocks; weights are fitted to the same statistics."""
+    chosen = plan("nvfp4", "gptq")
+    chosen["default"] = {"wq": "nvfp4", "aq": {"scheme": "nvfp4", "dynamic": False}, "algorithm": "gptq"}
+    chosen["overrides"][0]["keep"] = True
+    path = zoo.build("llama", folder)
+    report = apply(path, chosen, tmp_path / "out", statistics=stats)
+    live = apply(path, {**chosen, **settings(folder)}, tmp_path / "live")
+    at = "model.layers.0.self_attn.q_proj.input_global_scale"
+    assert torch.equal(scales(report.out)[at], scales(live.out)[at]) and report.written == report.estimate.output_bytes
+
+
+def test_statistics_of_the_version_before(folder: Path, tmp_path: Path, stats: Path) -> None:
+    """They serve what they have: second moments."""
+    copy = Path(shutil.copytree(stats, tmp_path / "stats"))
+    document = json.loads((copy / "statistics.json").read_text())
+    for file in document["files"]:
+        tensors = {n: t for n, t in load_file(copy / file).items() if n.rpartition(".")[2] in ("hessian", "absmax", "count")}
+        tensors = {n: t for n, t in tensors.items() if not n.endswith("static_range.count")}
+        save_file(tensors, copy / file)
+        document["files"][file] = durable.hash_file(copy / file)
+    del document["observers"]
+    (copy / "statistics.json").write_text(json.dumps({**document, "quantplan_statistics": 1}))
+    path = zoo.build("llama", folder)
+    assert "earlier version" in refused("QP236", path, static("minmax"), tmp_path / "out", copy)
+    for name, given in (("old", copy), ("new", stats)):
+        apply(path, plan(), tmp_path / name, statistics=given)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("old", "new")]
+    assert all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+
+
+def test_infinite_inputs_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(zoo.build("llama", folder), tmp_path / "broken"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = math.inf
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(QuantplanError, match=r"layers\.1\.self_attn.*QP601"):
+        collect.collect(copy, settings(folder), tmp_path / "stats")
+    assert not (tmp_path / "stats").exists()
+
+
 # refusals
 
 
@@ -257,7 +347,7 @@ def test_statistics_that_cannot_be_read(folder: Path, tmp_path: Path, stats: Pat
     elif harm == "rubbish":
         document.write_text("{")
     elif harm == "other":
-        document.write_text(json.dumps({"quantplan_statistics": 2}))
+        document.write_text(json.dumps({"quantplan_statistics": 3}))
     elif harm == "bit":
         data = block.read_bytes()
         block.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -273,10 +363,14 @@ def test_what_statistics_cannot_serve(folder: Path, tmp_path: Path, stats: Path)
     smooth = plan("int8", transforms=["smoothquant"])
     smooth["default"]["aq"] = "int8"
     assert "smoothquant" in refused("QP236", path, smooth, tmp_path / "out", stats)
-    static = plan()
-    static["default"]["aq"] = {"scheme": "fp8", "dynamic": False}
-    static["default"]["wq"] = "fp8"
-    assert "static" in refused("QP236", path, static, tmp_path / "out", stats)
+    cached = plan(kv_cache="fp8")
+    assert "key-value cache" in refused("QP236", path, cached, tmp_path / "out", stats)
+    tuned = plan(algorithm={"name": "autoround", "iterations": 1})
+    assert "autoround" in refused("QP236", path, tuned, tmp_path / "out", stats)
+    coarse = static({"name": "histogram", "bins": 512})
+    assert "bins: 512" in refused("QP236", path, coarse, tmp_path / "out", stats)
+    slow = static({"name": "moving_average", "averaging_constant": 0.5})
+    assert "averaging_constant: 0.5" in refused("QP236", path, slow, tmp_path / "out", stats)
 
 
 def test_a_matrix_outside_of_the_blocks(folder: Path, tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from quantplan.checkpoint.reader import TensorReader
 from quantplan.engine import memory, moments
 from quantplan.engine.apply import check_room, check_target, with_weights
 from quantplan.engine.batches import Batches
-from quantplan.engine.collected import StatisticsWriter
+from quantplan.engine.collected import StatisticsWriter, stored_observers
 from quantplan.engine.progress import OnStep, Step
-from quantplan.errors import Problem, QuantplanError
+from quantplan.errors import Problem, QuantplanError, fail
 from quantplan.estimate import LIVE
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
@@ -27,8 +27,10 @@ from quantplan.live.forward import Call, Forward
 from quantplan.live.skeleton import skeleton
 from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
+from quantplan.observer import Observer, ObserverConfig
 from quantplan.plan.load import load_plan
 from quantplan.plan.schema import Calibration
+from quantplan.scheme import NonFinite
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def collect(
             run = _Collecting(weights, reader, data, settings.all_experts, memory.HiddenStates(writer.staging).keep)
             _check_environment(run, target)
             run.blocks(writer, tell)
-        writer.publish(source, settings, data.hash)
+        writer.publish(source, settings, data.hash, run.observers)
     size = sum(p.stat().st_size for p in target.iterdir())
     notes = tuple(loaded.locate(p) for p in data.notes)
     return Collected(target, run.total, run.inputs, run.matrices, data.counted, size, notes)
@@ -112,6 +114,7 @@ class _Collecting:
         self, weights: Weights, reader: TensorReader, data: CalibrationSet, all_experts: bool, keep: Callable[[Tensor], Tensor]
     ) -> None:
         self.weights, self.reader, self.all_experts, self.keep = weights, reader, all_experts, keep
+        self.observers = stored_observers()
         self.stacks = find_blocks(weights.model)
         self.batches = Batches(data, weights.model.config)
         self.total, self.inputs, self.matrices = len(self.stacks.names), 0, 0
@@ -140,7 +143,7 @@ class _Collecting:
         if not calls:  # the model skips the block
             return list(hidden)
         module = self.weights.model.get_submodule(name)
-        seen = _Seen(self.weights.matrices_in(name), self.batches)
+        seen = _Seen(self.weights.matrices_in(name), self.batches, self.observers)
         after = [
             self._forward(module, name, call, state, seen, i) for i, (call, state) in enumerate(zip(calls, hidden, strict=True))
         ]
@@ -181,11 +184,12 @@ class _Last:
 class _Seen:
     """What comes to the points of one block."""
 
-    def __init__(self, inside: Mapping[Point, list[str]], batches: Batches) -> None:
-        self._inside, self._batches = inside, batches
+    def __init__(self, inside: Mapping[Point, list[str]], batches: Batches, observers: Mapping[str, ObserverConfig]) -> None:
+        self._inside, self._batches, self._observers = inside, batches, observers
         self._leaders: dict[Point, Point] = {}  # point -> the first that is given the same inputs
         self._hessians: dict[Point, moments.SecondMoment] = {}
         self._absmax: dict[Point, Tensor] = {}
+        self._ranges: dict[Point, dict[str, Observer]] = {}
 
     def __call__(self, last: _Last, point: Point, inputs: Tensor, batch: int) -> None:
         if point not in self._inside:
@@ -201,6 +205,12 @@ class _Seen:
         self._hessians.setdefault(point, moments.SecondMoment(columns)).add(x)
         absmax = self._absmax.setdefault(point, torch.zeros(columns))
         torch.maximum(absmax, x.abs().amax(0), out=absmax)
+        given = x.to(moments.fast_dtype())  # what a calibrated run observes: inputs as they are multiplied
+        try:
+            for observer in self._ranges.setdefault(point, {n: o.observer() for n, o in self._observers.items()}).values():
+                observer.update(given)
+        except NonFinite:
+            raise fail("QP601", "NaN or infinity in the inputs", "mend the checkpoint", tensor=self._inside[point][0]) from None
 
     def finished(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
         """Statistics by the name of an input, that of the first matrix which is given it; and the matrices of each input. Inputs
@@ -209,5 +219,7 @@ class _Seen:
         for point, hessian in self._hessians.items():
             name = self._inside[point][0]
             found[name] = {"hessian": hessian.mean(), "absmax": self._absmax[point], "count": torch.tensor(hessian.count)}
+            for kind, observer in self._ranges[point].items():
+                found[name] |= {f"{kind}.{part}": t for part, t in observer.state().items()}
             matrices[name] = [m for p, leader in self._leaders.items() if leader == point for m in self._inside[p]]
         return found, matrices

@@ -1,8 +1,9 @@
 """Statistics of the float model, kept as a folder: collected once, used by any plan for that model.
 
 `statistics.json` says of which model and data they are, and where each matrix's are. `block-00012.safetensors` holds, for each
-input in that block, `hessian` and `absmax` (float32, second moments and largest magnitudes over the tokens that count) and
-`count` (int64). Matrices that are given the same input share one.
+input in that block, `hessian` and `absmax` (float32, second moments and largest magnitudes over the tokens that count),
+`count` (int64), and what observers saw of it (`histogram.low`, ...), for static ranges. Matrices that are given the same input
+share one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantplan.assignment import Assignment
 from quantplan.checkpoint import durable
 from quantplan.checkpoint.layout import json_bytes
 from quantplan.checkpoint.provenance import source_of, versions
@@ -28,14 +30,24 @@ from quantplan.checkpoint.writer import staging_of
 from quantplan.errors import fail, printable
 from quantplan.headers import Checkpoint
 from quantplan.models.modules import Matrix
+from quantplan.observer import OBSERVERS, ObserverConfig
 from quantplan.plan.resolve import Resolution
 from quantplan.plan.schema import Calibration
+from quantplan.scheme import NonFinite, Params, SchemeConfig
 from quantplan.statistics import HELD, LATEST, Statistics
 
 NAME = "statistics.json"
-VERSION = 1
+VERSION = 2
+WITHOUT_RANGES = 1  # the version before it, which had nothing of observers
+OBSERVERS_STORED = ("minmax", "static_range", "moving_average", "histogram", "mse", "headroom")
 SAMPLES, SAMPLE = 64, 1 << 12  # places in each file of weights, and bytes, that tell fine-tuned models from one another
 COLLECT = "collect them again: quantplan calibrate"
+
+
+def stored_observers() -> dict[str, ObserverConfig]:
+    """Observers whose statistics are collected, by the names of these."""
+    configs: list[ObserverConfig] = [OBSERVERS.get(name)() for name in OBSERVERS_STORED]
+    return {config.statistics_name: config for config in configs}
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
@@ -59,7 +71,8 @@ class CollectedStatistics:
         try:
             raw = (self.folder / NAME).read_bytes()
             document = json.loads(raw)
-            assert document["quantplan_statistics"] == VERSION
+            assert document["quantplan_statistics"] in (VERSION, WITHOUT_RANGES)
+            self._observers = dict(document["observers"]) if document["quantplan_statistics"] == VERSION else {}
             self.settings = Calibration.model_validate(document["calibration"]["settings"])
             self.data: str = document["calibration"]["sha256"]
             self._model, self._digest = str(document["source"]["name"]), document["model_sha256"]
@@ -80,6 +93,7 @@ class CollectedStatistics:
         self._held: dict[str, Statistics] = {}  # the last asked for comes last
         self._alive: weakref.WeakValueDictionary[str, Statistics] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
+        self._found: dict[tuple[str, SchemeConfig, ObserverConfig], Params] = {}
 
     def __contains__(self, matrix: object) -> bool:
         return matrix in self._inputs
@@ -95,21 +109,57 @@ class CollectedStatistics:
             raise fail("QP235", text, COLLECT, file=str(self.folder))
         wants = [f"transform '{t.name}'" for t in resolution.transforms]
         wants += [f"algorithm '{a.algorithm.name}'" for a in resolution.needs_data if a.algorithm.tunes]
-        wants += ["static activations" for a in resolution.needs_data if a.observer is not None]
         wants += ["a key-value cache to quantize"] if resolution.kv_cache is not None else []
         if wants:
-            text = f"the plan has {wants[0]}, which takes more than statistics of the float model"
+            text = f"the plan has {wants[0]}, which takes more than statistics of single inputs of the float model"
             raise fail("QP236", text, "leave out --stats", file=resolution.loaded.source.file)
         unseen = []
         for assignment in resolution.needs_data:
+            if assignment.observer is not None:
+                self._check_observer(assignment.observer, resolution)
             for matrix in assignment.matrices:
                 if matrix.name in self:
                     continue
-                if matrix.index is None and ".experts." not in matrix.name:
+                if assignment.observer is not None or (matrix.index is None and ".experts." not in matrix.name):
                     text = f"'{matrix.name}' was given no input: it is outside of the blocks, or the model never used it"
-                    raise fail("QP605", text, "give it algorithm: rtn in an override", file=str(self.folder))
+                    advice = "give it algorithm: rtn, and no static activations, in an override"
+                    raise fail("QP605", text, advice, file=str(self.folder))
                 unseen.append(matrix.name)
         return unseen
+
+    def _check_observer(self, observer: ObserverConfig, resolution: Resolution) -> None:
+        """Raises QP236 where what was collected is not what `observer` collects."""
+        stored = self._observers.get(observer.statistics_name)
+        if stored == observer.collecting:
+            return
+        if not self._observers:
+            text, advice = "the statistics are of an earlier version, which collected nothing for static activations", COLLECT
+        elif stored is None:
+            text = f"the statistics have nothing for observer '{observer.name}' of static activations"
+            advice = f"choose another observer ({', '.join(OBSERVERS_STORED)} or percentile), or leave out --stats"
+        else:
+            name, value = next((n, v) for n, v in observer.collecting.items() if stored.get(n) != v)
+            text = f"observer '{observer.name}' has {name}: {value}, and the statistics were collected with {stored.get(name)}"
+            advice = "leave the option out, or --stats"
+        raise fail("QP236", text, advice, file=resolution.loaded.source.file)
+
+    def inputs(self, matrix: Matrix, assignment: Assignment) -> Params:
+        """The parameters of a matrix's static activations, from what observers saw of the float model's; `assignment` has some,
+        and `check` has passed. Raises QP601."""
+        file, name = self._inputs[matrix.name]
+        aq, observer = assignment.aq, assignment.observer
+        assert aq is not None and observer is not None
+        if (name, aq, observer) not in self._found:
+            start = f"{name}.{observer.statistics_name}."
+            with self._opened(file) as opened:
+                state = {n.removeprefix(start): opened.get_tensor(n) for n in opened.keys() if n.startswith(start)}  # noqa: SIM118
+            quantizer, observing = aq.quantizer(assignment.name), observer.observer()
+            try:
+                observing.load_state(state)
+                self._found[name, aq, observer] = quantizer.fit_static(observing.result(quantizer))
+            except NonFinite:
+                raise fail("QP601", "NaN or infinity in the inputs", "keep the module: keep: true", tensor=name) from None
+        return self._found[name, aq, observer]
 
     def of(self, matrix: Matrix) -> Statistics | None:
         """Of the matrix's input, without drift; one object for matrices that share it, while any of them uses it, and then until
@@ -126,18 +176,24 @@ class CollectedStatistics:
             return found
 
     def _read(self, file: str, name: str, columns: int) -> Statistics:
+        with self._opened(file) as opened:
+            hessian, count = opened.get_tensor(f"{name}.hessian"), int(opened.get_tensor(f"{name}.count"))
+        if hessian.shape != (columns, columns):
+            text = f"'{name}' is of {len(hessian)} columns, not {columns}"
+            raise fail("QP234", text, COLLECT, file=str(self.folder / file))
+        return Statistics(hessian, count)
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[Any]:
         path = self.folder / file
         try:
             if file not in self._checked and durable.hash_file(path) != self._files[file]:
                 raise fail("QP234", "was changed since it was written", COLLECT, file=str(path))
             self._checked.add(file)
             with safe_open(path, "pt") as opened:
-                hessian, count = opened.get_tensor(f"{name}.hessian"), int(opened.get_tensor(f"{name}.count"))
+                yield opened
         except (OSError, SafetensorError) as error:
             raise fail("QP234", f"cannot be read: {error}", COLLECT, file=str(path)) from None
-        if hessian.shape != (columns, columns):
-            raise fail("QP234", f"'{name}' is of {len(hessian)} columns, not {columns}", COLLECT, file=str(path))
-        return Statistics(hessian, count)
 
 
 class StatisticsWriter:
@@ -183,14 +239,15 @@ class StatisticsWriter:
             entry = {"file": file, "columns": len(parts["absmax"]), "count": int(parts["count"]), "matrices": matrices[name]}
             self._inputs[name] = entry
 
-    def publish(self, checkpoint: Checkpoint, settings: Calibration, data: str) -> None:
-        """Writes the document and puts the folder in place."""
+    def publish(self, checkpoint: Checkpoint, settings: Calibration, data: str, observers: Mapping[str, ObserverConfig]) -> None:
+        """Writes the document and puts the folder in place. `observers`: whose statistics there are, by their names."""
         described = {**settings.model_dump(mode="json"), "source": Path(settings.source).name}
         document = {
             "quantplan_statistics": VERSION,
             "source": source_of(checkpoint),
             "model_sha256": model_digest(checkpoint),
             "calibration": {"settings": described, "sha256": data},
+            "observers": {name: observer.collecting for name, observer in observers.items()},
             "versions": versions(),
             "files": self._files,
             "inputs": self._inputs,
