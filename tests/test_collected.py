@@ -363,6 +363,8 @@ def test_what_statistics_cannot_serve(folder: Path, tmp_path: Path, stats: Path)
     smooth = plan("int8", transforms=["smoothquant"])
     smooth["default"]["aq"] = "int8"
     assert "smoothquant" in refused("QP236", path, smooth, tmp_path / "out", stats)
+    for name in ("rotation", "awq", "bias_correction"):
+        assert name in refused("QP236", path, plan("int4", "gptq", transforms=[name]), tmp_path / "out", stats)
     cached = plan(kv_cache="fp8")
     assert "key-value cache" in refused("QP236", path, cached, tmp_path / "out", stats)
     tuned = plan(algorithm={"name": "autoround", "iterations": 1})

@@ -103,16 +103,15 @@ class CollectedStatistics:
 
         Raises QP235 for another model, QP236 for what statistics of single inputs cannot serve, QP605 for a matrix that was
         given no data."""
-        checkpoint = resolution.checkpoint
-        if model_digest(checkpoint) != self._digest:
-            text = f"the statistics are of another model ('{printable(self._model, 80)}'), or its weights were changed since"
-            raise fail("QP235", text, COLLECT, file=str(self.folder))
         wants = [f"transform '{t.name}'" for t in resolution.transforms]
         wants += [f"algorithm '{a.algorithm.name}'" for a in resolution.needs_data if a.algorithm.tunes]
         wants += ["a key-value cache to quantize"] if resolution.kv_cache is not None else []
         if wants:
             text = f"the plan has {wants[0]}, which takes more than statistics of single inputs of the float model"
             raise fail("QP236", text, "leave out --stats", file=resolution.loaded.source.file)
+        if model_digest(resolution.checkpoint) != self._digest:
+            text = f"the statistics are of another model ('{printable(self._model, 80)}'), or its weights were changed since"
+            raise fail("QP235", text, COLLECT, file=str(self.folder))
         unseen = []
         for assignment in resolution.needs_data:
             if assignment.observer is not None:
