@@ -456,6 +456,11 @@ def test_commands(folder: Path, tmp_path: Path, stats: Path) -> None:
     assert applied.exit_code == 0, applied.output
     apply(path, file, tmp_path / "direct", statistics=stats)
     assert tree(tmp_path / "out") == tree(tmp_path / "direct")
+    costs = [
+        json.loads(run("apply", path, file, "-o", tmp_path / "x", "-n", "--json", *more).stdout)["peak_memory"]
+        for more in ((), ("--stats", stats))
+    ]
+    assert costs[1] < costs[0]  # no model is run
     log = tmp_path / "events.jsonl"
     text = run("calibrate", path, file, "-o", tmp_path / "again", "-q", "--events", log)
     assert "144 tokens, 12 inputs of 21 matrices in 3 blocks" in text.stdout

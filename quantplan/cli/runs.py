@@ -75,7 +75,7 @@ def apply(
 
         require_report()  # before the work, not after it
     if dry_run:
-        return _dry_run(model, plan, output, threads, revision, as_json)
+        return _dry_run(model, plan, output, threads, revision, stats, as_json)
     with followed(quiet, events) as (tell, stop):
 
         def on_step(step: Step) -> None:
@@ -152,15 +152,18 @@ def calibrate(
     return 0
 
 
-def _dry_run(model: str, plan: Path, output: Path, threads: int | None, revision: str | None, as_json: bool) -> int:
+def _dry_run(
+    model: str, plan: Path, output: Path, threads: int | None, revision: str | None, stats: Path | None, as_json: bool
+) -> int:
     from quantplan.checkpoint.layout import output_layout
     from quantplan.cli.plans import show_estimate
-    from quantplan.engine.apply import check_environment, check_target, prepare
+    from quantplan.engine.apply import check_environment, check_target, prepare, with_statistics
     from quantplan.estimate import cores, estimate
 
     resolution = prepare(model, plan, revision)
     if resolution.checkpoint.path is not None:
         check_target(output, resolution.checkpoint.path)
+        resolution, _ = with_statistics(resolution, stats)
     predicted = estimate(resolution, output_layout(resolution), threads or cores())
     check_environment(predicted, output)
     if as_json:

@@ -99,7 +99,7 @@ def apply(  # noqa: PLR0913 - what a command line may say
     for transform in resolution.transforms:
         source = transform.stored(source)
     resolution = replace(resolution, checkpoint=source)
-    resolution, collected = _with_statistics(resolution, statistics)
+    resolution, collected = with_statistics(resolution, statistics)
     target = Path(out)
     check_target(target, source.require_path())
     with reading(source.source):
@@ -146,7 +146,7 @@ def reading_rewritten(resolution: Resolution, trust_remote_code: bool = False) -
         yield rewritten(resolution, plain, trust_remote_code)
 
 
-def _with_statistics(
+def with_statistics(
     resolution: Resolution, statistics: str | os.PathLike[str] | None
 ) -> tuple[Resolution, CollectedStatistics | None]:
     """Statistics collected before, where the plan has a use for any, and the resolution with their settings and notes."""
