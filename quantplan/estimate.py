@@ -12,6 +12,7 @@ from quantplan.checkpoint.layout import OutputLayout, Unit
 from quantplan.checkpoint.provenance import provenance
 from quantplan.checkpoint.side_files import output_config, side_files, written_sizes
 from quantplan.plan.resolve import Resolution
+from quantplan.statistics import HELD, LATEST
 
 INTERPRETER = 420 << 20  # resident size of Python with torch and the plan, seen on Linux x86-64
 PIECES = 24 << 20  # float copies of the piece a worker quantizes
@@ -58,13 +59,14 @@ def estimate(resolution: Resolution, layout: OutputLayout, workers: int) -> Esti
     tensor_bits = 8 * sum(t.size for t in layout.tensors.values())
     work = sum(u.source.size * (u.assignment.algorithm.passes if u.assignment else 0.3) for u in _once(units))
     memory, seconds = _calibration(resolution, workers)
+    statistics = _statistics(treated, workers) if resolution.collected is not None else 0
     return Estimate(
         source_bytes=resolution.checkpoint.size,
         tensor_bytes=layout.size,
         output_bytes=layout.size + written_sizes(documents, files),
         bits_per_weight=8 * sum(u.size for u in treated) / weights if weights else 0.0,
         bits_per_weight_whole=tensor_bits / everything if everything else 0.0,
-        peak_memory=max(memory, _peak(units, workers)),
+        peak_memory=max(memory, _peak(units, workers) + statistics),
         seconds=round(2 + seconds + work / BYTES_PER_SECOND / workers, 1),
         files=len(layout.files),
     )
@@ -79,6 +81,18 @@ def _peak(units: list[Unit], workers: int) -> int:
     casts = [2 * u.source.size for u in units if u.kind == "cast"]
     in_flight = sum(sorted(held, reverse=True)[: workers + 3])
     return INTERPRETER + workers * PIECES + in_flight + max(casts, default=0)
+
+
+def _statistics(treated: list[Unit], workers: int) -> int:
+    """Second moments that were collected before, with what is kept of them (damped, and a factor of the inverse) and, for those
+    in use, what computing it takes. Matrices of one module with as many columns are taken as given one input."""
+    matrices = [u.matrix for u in treated if u.matrix and u.assignment and u.assignment.algorithm.needs]
+    inputs = {m.name: (m.name.rpartition(".")[0], m.columns) for m in matrices}
+    sizes = {chosen: 3 * 4 * chosen[1] ** 2 for chosen in inputs.values()}
+    order = list(inputs.values())
+    in_use = max((sum(sizes[i] for i in set(order[at : at + workers])) for at in range(len(order))), default=0)
+    latest = sum(sorted(sizes.values(), reverse=True)[:LATEST])
+    return max(in_use, latest, min(HELD, sum(sizes.values()))) + in_use
 
 
 def _calibration(resolution: Resolution, workers: int) -> tuple[int, float]:

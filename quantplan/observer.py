@@ -64,11 +64,23 @@ class ObserverConfig(BaseModel, ABC):
     within: ClassVar[bool] = True  # the range ends where values were seen, or before
     # whether another order of the same tensors gives another range; if not, `join` is exact and commutes
     order_matters: ClassVar[bool] = False
+    collects: ClassVar[str] = ""  # what its statistics are called where they are stored; by default its own name
+    ranging: ClassVar[frozenset[str]] = frozenset()  # options that `range` alone looks at
 
     @classmethod
     def options(cls) -> dict[str, Any]:
         """Option name -> pydantic field."""
         return dict(cls.model_fields)
+
+    @property
+    def statistics_name(self) -> str:
+        """What its statistics are called where they are stored."""
+        return self.collects or self.name
+
+    @property
+    def collecting(self) -> dict[str, Any]:
+        """The options that its statistics depend on: they serve every config of their name that has the same ones."""
+        return self.model_dump(exclude=set(self.ranging))
 
     @property
     def channel_axis(self) -> int | None:
@@ -99,6 +111,8 @@ class ObserverConfig(BaseModel, ABC):
 
 class CountingConfig(ObserverConfig):
     """An observer that counts values, each as the nearest bfloat16: 512 KB, whatever the stream."""
+
+    collects: ClassVar[str] = "counts"
 
     def collect(self, x: Tensor) -> Statistics:
         from quantplan.numerics import count_bfloat16

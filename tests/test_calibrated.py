@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from quantplan.checkpoint import durable
 from quantplan.checkpoint.durable import remove
 from quantplan.checkpoint.layout import output_layout
 from quantplan.checkpoint.writer import staging_of
-from quantplan.engine import calibrated, memory, moments
+from quantplan.engine import batches, calibrated, memory, moments
 from quantplan.engine.apply import apply, prepare
 from quantplan.engine.progress import Step
 from quantplan.engine.tuning import TunedBlock
@@ -488,6 +489,45 @@ def test_hidden_states_on_disk(folder: Path, tmp_path: Path, name: str, monkeypa
     assert tree(tmp_path / "out") == tree(tmp_path / "reference")
     blocks = {"llama": 3, "t5": 6}[name]
     assert len(kept) >= 2 * blocks  # of both chains
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_nothing_that_was_spilled_is_held_in_memory(
+    folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what was captured, nor what was computed, nor what a resumed run has loaded: only what lies on disk."""
+    path, plan, real = zoo.build(name, folder), plan_for(folder), memory.on_disk
+    spilled: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def on_disk(x: Tensor, at: Path) -> torch.Tensor:
+        alive.append(sum(r() is not None for r in spilled))  # what was captured before is gone when the next batch is
+        spilled.append(weakref.ref(x))
+        return real(x, at)
+
+    def stop(step: Step) -> None:
+        if step.phase == "calibrating" and not (step.block and step.block.resumed):
+            assert spilled and not any(r() is not None for r in spilled)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "room", lambda: 0)
+    monkeypatch.setattr(memory, "on_disk", on_disk)
+    monkeypatch.setattr(batches, "TOKENS", 1)  # a sequence a batch
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            apply(path, plan, tmp_path / "out", on_step=stop)
+    assert max(alive) <= torch.get_num_threads()  # those that other cores are at
+
+
+def test_hidden_states_fill_the_room_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "room", lambda: 100)
+    where = memory.HiddenStates(tmp_path)
+    made = [where.keep(torch.full((10,), float(i))) for i in range(4)]
+    in_memory = [not x.is_shared() for x in made]
+    assert in_memory == [True, True, False, False] and [x[9].item() for x in made] == [0, 1, 2, 3]
+    del made[0]  # its room is free again
+    state = torch.ones(10)
+    assert where.keep(state) is state and where.keep(torch.ones(10)).is_shared() and not list(tmp_path.iterdir())
 
 
 def test_no_room_on_disk_for_hidden_states(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Second moments: damping, factors that are tried again, the correction for drift, and what is computed once."""
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantplan import statistics
 from quantplan.errors import QuantplanError
 from quantplan.statistics import Statistics
 
@@ -165,3 +168,18 @@ def test_matrices_that_share_inputs_share_the_work(monkeypatch: pytest.MonkeyPat
     before = statistics.hessian.clone()
     statistics.damped(0.5).mul_(2)
     assert torch.equal(statistics.hessian, before)
+
+
+def test_threads_compute_a_factor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared, real, computed = moments(inputs()[0]), statistics._inverse_factor, []
+
+    def slow(matrix: Tensor) -> Tensor | None:
+        computed.append(matrix)
+        time.sleep(0.05)  # the others have come by then
+        return real(matrix)
+
+    monkeypatch.setattr(statistics, "_inverse_factor", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: shared.factor(0.01, torch.arange(48)), range(8)))
+    assert len(computed) == 1 and all(f is found[0] for f in found)
+    assert shared.nbytes == 3 * 4 * 48**2

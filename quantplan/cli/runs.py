@@ -75,7 +75,7 @@ def apply(
 
         require_report()  # before the work, not after it
     if dry_run:
-        return _dry_run(model, plan, output, threads, revision, as_json)
+        return _dry_run(model, plan, output, threads, revision, stats, as_json)
     with followed(quiet, events) as (tell, stop):
 
         def on_step(step: Step) -> None:
@@ -123,6 +123,9 @@ def calibrate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let it run Python code that the checkpoint brings.")
     ] = False,
+    events: Annotated[
+        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
@@ -132,10 +135,10 @@ def calibrate(
     """
     from quantplan.engine import collect as engine
 
-    with stoppable() as stop, show.phases(quiet) as advance:
+    with followed(quiet, events) as (tell, stop):
 
         def on_step(step: Step) -> None:
-            advance(step.phase, step.done, step.total, step.name)
+            tell(step)
             stop.check("repeat the same command to start again")
 
         made = engine.collect(model, plan, output, revision=revision, trust_remote_code=trust_remote_code, on_step=on_step)
@@ -149,15 +152,18 @@ def calibrate(
     return 0
 
 
-def _dry_run(model: str, plan: Path, output: Path, threads: int | None, revision: str | None, as_json: bool) -> int:
+def _dry_run(
+    model: str, plan: Path, output: Path, threads: int | None, revision: str | None, stats: Path | None, as_json: bool
+) -> int:
     from quantplan.checkpoint.layout import output_layout
     from quantplan.cli.plans import show_estimate
-    from quantplan.engine.apply import check_environment, check_target, prepare
+    from quantplan.engine.apply import check_environment, check_target, prepare, with_statistics
     from quantplan.estimate import cores, estimate
 
     resolution = prepare(model, plan, revision)
     if resolution.checkpoint.path is not None:
         check_target(output, resolution.checkpoint.path)
+        resolution, _ = with_statistics(resolution, stats)
     predicted = estimate(resolution, output_layout(resolution), threads or cores())
     check_environment(predicted, output)
     if as_json:

@@ -100,7 +100,7 @@ def apply(  # noqa: PLR0913 - what a command line may say
     for transform in resolution.transforms:
         source = transform.stored(source)
     resolution = replace(resolution, checkpoint=source)
-    resolution, collected = _with_statistics(resolution, statistics)
+    resolution, collected = with_statistics(resolution, statistics)
     target = Path(out)
     check_target(target, source.require_path())
     with reading(source.source):
@@ -151,7 +151,7 @@ def reading_rewritten(resolution: Resolution, trust_remote_code: bool = False) -
         yield rewritten(resolution, plain, trust_remote_code)
 
 
-def _with_statistics(
+def with_statistics(
     resolution: Resolution, statistics: str | os.PathLike[str] | None
 ) -> tuple[Resolution, CollectedStatistics | None]:
     """Statistics collected before, where the plan has a use for any, and the resolution with their settings and notes."""
@@ -259,16 +259,20 @@ def check_target(out: Path, model: Path) -> None:
 
 
 def check_environment(predicted: Estimate, out: Path) -> None:
-    """Enough disk and memory for what is predicted, less what an interrupted run wrote. Raises QP401, QP404 before anything is
-    written."""
+    """Enough disk and memory for what is predicted. Raises QP401, QP404 before anything is written."""
+    check_room(predicted.output_bytes, predicted.peak_memory, out)
+
+
+def check_room(output_bytes: int, peak_memory: int, out: Path) -> None:
+    """So many bytes are free in memory, and on the disk of `out` with what an interrupted run left. Raises QP401, QP404."""
     import psutil
 
     parent = next(p for p in (Path(os.path.abspath(out)).parent, *Path(os.path.abspath(out)).parents) if p.is_dir())
     free = shutil.disk_usage(parent).free + staged_bytes(Path(os.path.abspath(out)))
-    if predicted.output_bytes > free:
-        text = f"the output needs {predicted.output_bytes:,} bytes, {free:,} are free"
+    if output_bytes > free:
+        text = f"the output needs {output_bytes:,} bytes, {free:,} are free"
         raise fail("QP401", text, "free space, or choose another output", file=str(parent))
     available = psutil.virtual_memory().available
-    if predicted.peak_memory > available:
-        text = f"needs about {predicted.peak_memory:,} bytes of memory, {available:,} are available"
+    if peak_memory > available:
+        text = f"needs about {peak_memory:,} bytes of memory, {available:,} are available"
         raise fail("QP404", text, "use fewer --threads or calibration samples, or a larger machine")

@@ -128,7 +128,7 @@ class Block:
             cast, routed = _Cast(moments.fast_dtype()), RoutedTokens(self.run.batches.count(batch))
             torch.set_num_threads(1)  # of this thread: as many of them run as there are cores
             with torch.no_grad(), moments.computing(), watching(module, seen, self.name), routed:
-                return self.run.kept(asked(module, hidden).float())
+                return self.run.kept(asked(module, hidden))
 
         return forward
 
@@ -286,7 +286,7 @@ class Block:
             if not changed:
                 return []
             with torch.no_grad(), moments.computing():
-                return [self.run.kept(call(self.module, state).float()) for call, state in zip(self.calls, hidden, strict=True)]
+                return [self.run.kept(call(self.module, state)) for call, state in zip(self.calls, hidden, strict=True)]
 
     @contextlib.contextmanager
     def _rounding(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ and, where an algorithm asks for it, the float one, which the quantized one has 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from quantplan.assignment import Assignment
 from quantplan.calibration.read import CalibrationSet
-from quantplan.checkpoint import durable
 from quantplan.checkpoint.reader import TensorReader
 from quantplan.engine import memory
 from quantplan.engine.batches import Batches
@@ -29,7 +28,7 @@ from quantplan.engine.solved import SolvedBlocks
 from quantplan.errors import fail
 from quantplan.live.blocks import find_blocks
 from quantplan.live.experts import check_all_experts
-from quantplan.live.forward import Forward
+from quantplan.live.forward import Call, Forward
 from quantplan.live.skeleton import skeleton
 from quantplan.live.weights import Weights
 from quantplan.models.modules import Matrix
@@ -145,8 +144,9 @@ class Run:
 
     def blocks(self, data: CalibrationSet, store: SolvedBlocks) -> Iterator[SolvedBlock]:
         self.batches, self.store = Batches(data, self.model.config), store
+        self.kept = memory.HiddenStates(store.folder).keep
         total, done = len(self.stacks.names), self.store.done
-        resumed = self.store.states() if 0 < len(done) < total else {}
+        resumed = self.store.states(self.kept) if 0 < len(done) < total else {}
         if resumed is None:
             self.store.forget()
         for number, line in enumerate(done):
@@ -159,17 +159,14 @@ class Run:
             skip, start = max(0, number - start), start + len(stack.blocks)
             if s < len(ends):
                 continue
-            captured = self.forward.capture(s, self.batches.inputs, ends)
-            hidden, calls = captured.hidden, captured.calls
-            exact, exact_calls = hidden, calls
+            first = _nothing if skip else self.kept  # a resumed run has what comes after them
+            hidden, calls = self._captured(s, ends, first)
+            exact, exact_calls = (hidden if self.has_float else []), calls
             if self.has_float and ends:
-                again = self.forward.capture(s, self.batches.inputs, exact_ends)
-                exact, exact_calls = again.hidden, again.calls
-            self.spills = sum(2 * 4 * h.numel() for h in (*hidden, *(exact if self.has_float else ()))) > memory.room()
-            hidden = [self.kept(h.float()) for h in hidden]
-            exact = [self.kept(h.float()) for h in exact] if self.has_float else []
+                exact, exact_calls = self._captured(s, exact_ends, first)
             if skip:
                 hidden, exact = _unpacked(resumed or {}, "hidden"), _unpacked(resumed or {}, "exact")
+            resumed = {}  # what is held from here on is held by these lists alone
             for k, name in list(enumerate(stack.blocks))[skip:]:
                 started = time.monotonic()
                 block = Block(self, name, calls[k], exact_calls[k])
@@ -186,13 +183,16 @@ class Run:
                 self.store.add(block.solved, states if number < total else {}, facts, block.ranges, block.changed)
                 yield SolvedBlock(name, number, total, block.losses, seconds)
 
-    def kept(self, state: Tensor) -> Tensor:
-        """Where a hidden state waits for the next block: in memory, or on disk where all of them, before a block and after it,
-        are too many."""
-        if not self.spills:
-            return state
-        with durable.named_errors(self.store.folder):
-            return memory.on_disk(state, self.store.folder)
+    def _captured(
+        self, stack: int, ends: Sequence[Sequence[Tensor]], keep: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Tensor], list[list[Call]]]:
+        """The first hidden states of a stack, and the calls of its blocks."""
+        captured = self.forward.capture(stack, self.batches.inputs, ends, keep=keep)
+        return captured.hidden, captured.calls
+
+
+def _nothing(state: Tensor) -> Tensor:
+    return state.new_empty(0)
 
 
 def _packed(states: Sequence[Tensor], name: str) -> dict[str, Tensor]:

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from quantplan.calibration.read import CalibrationSet, read_calibration
 from quantplan.checkpoint.reader import TensorReader
-from quantplan.engine import moments
-from quantplan.engine.apply import check_target, unfollowed_tokens, with_weights
+from quantplan.engine import memory, moments
+from quantplan.engine.apply import check_room, check_target, unfollowed_tokens, with_weights
 from quantplan.engine.batches import Batches
-from quantplan.engine.collected import StatisticsWriter
+from quantplan.engine.collected import StatisticsWriter, stored_observers
 from quantplan.engine.progress import OnStep, Step
 from quantplan.errors import Problem, QuantplanError, fail
+from quantplan.estimate import LIVE
 from quantplan.headers import read_checkpoint
 from quantplan.live.blocks import find_blocks
 from quantplan.live.experts import check_all_experts, every_token_to_every_expert
@@ -27,6 +28,7 @@ from quantplan.live.routed import RoutedTokens
 from quantplan.live.skeleton import skeleton
 from quantplan.live.watch import watching
 from quantplan.live.weights import Weights
+from quantplan.observer import Observer, ObserverConfig
 from quantplan.plan.load import load_plan
 from quantplan.plan.schema import Calibration
 from quantplan.scheme import NonFinite, check_finite
@@ -86,20 +88,38 @@ def collect(
         except QuantplanError as error:
             raise QuantplanError(loaded.locate(p) for p in error.problems) from None
         with TensorReader(source.require_path(), source.tensors) as reader:
-            weights = Weights(network, source)
-            run = _Collecting(weights, reader, data, settings.all_experts)
+            weights, kept = Weights(network, source), memory.HiddenStates(writer.staging).keep
+            run = _Collecting(weights, reader, data, settings.all_experts, kept)
+            _check_environment(run, target)
             run.blocks(writer, tell)
-        writer.publish(source, settings, data.hash)
+        writer.publish(source, settings, data.hash, run.observers)
     size = sum(p.stat().st_size for p in target.iterdir())
     notes = tuple(loaded.locate(p) for p in (*data.notes, *unfollowed_tokens(run.unfollowed)))
     return Collected(target, run.total, run.inputs, run.matrices, data.counted, size, notes)
 
 
+def _check_environment(run: _Collecting, out: Path) -> None:
+    """Disk for all second moments, and memory for the largest block with its own, before hours are spent. Matrices of one module
+    with as many columns are taken as given one input. Raises QP401, QP404."""
+    parameters, disk, largest = run.weights.empty(), 0, 0
+    for name in run.stacks.names:
+        inputs: dict[tuple[str, int], int] = {}
+        for (parameter, _), matrices in run.weights.matrices_in(name).items():
+            columns = parameters[parameter].shape[-2 if run.weights.places[matrices[0]][0].transposed else -1]
+            inputs[matrices[0].rpartition(".")[0], columns] = 4 * columns**2
+        weights = sum(4 * parameters[n].numel() for n in run.weights.under(name) if n in parameters)
+        disk, largest = disk + sum(inputs.values()), max(largest, weights + sum(inputs.values()))
+    check_room(disk, LIVE + largest, out)
+
+
 class _Collecting:
     """One run through the model."""
 
-    def __init__(self, weights: Weights, reader: TensorReader, data: CalibrationSet, all_experts: bool) -> None:
-        self.weights, self.reader, self.all_experts = weights, reader, all_experts
+    def __init__(
+        self, weights: Weights, reader: TensorReader, data: CalibrationSet, all_experts: bool, keep: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.weights, self.reader, self.all_experts, self.keep = weights, reader, all_experts, keep
+        self.observers = stored_observers()
         self.stacks = find_blocks(weights.model)
         self.batches = Batches(data, weights.model.config)
         self.total, self.inputs, self.matrices = len(self.stacks.names), 0, 0
@@ -110,9 +130,10 @@ class _Collecting:
         forward, number = Forward(self.stacks, self.weights, self.reader), 0
         ends: list[list[Tensor]] = []
         for s, stack in enumerate(self.stacks.stacks):
-            captured = forward.capture(s, self.batches.inputs, ends)
-            hidden = [h.float() for h in captured.hidden]
-            for name, calls in zip(stack.blocks, captured.calls, strict=True):
+            captured = forward.capture(s, self.batches.inputs, ends, keep=self.keep)
+            hidden, block_calls = captured.hidden, captured.calls
+            del captured  # it would hold the first hidden states to the end of the stack
+            for name, calls in zip(stack.blocks, block_calls, strict=True):
                 self.weights.load(name, self.reader)
                 try:
                     hidden = self._block(writer, number, name, calls, hidden)
@@ -128,7 +149,7 @@ class _Collecting:
         if not calls:  # the model skips the block
             return list(hidden)
         module = self.weights.model.get_submodule(name)
-        seen = _Seen(self.weights.matrices_in(name), self.batches)
+        seen = _Seen(self.weights, name, self.batches, self.observers)
         after = [
             self._forward(module, name, call, state, seen, i) for i, (call, state) in enumerate(zip(calls, hidden, strict=True))
         ]
@@ -156,9 +177,9 @@ class _Collecting:
 
         with moments.computing(), watching(module, see, name), routed:
             if not self.all_experts:
-                return call(module, hidden).float()
+                return self.keep(call(module, hidden))
             with every_token_to_every_expert(module):
-                return call(module, hidden).float()
+                return self.keep(call(module, hidden))
 
 
 Point = tuple[str, int | None]  # a parameter, and the slab of a 3-D one
@@ -176,12 +197,14 @@ class _Last:
 class _Seen:
     """What comes to the points of one block."""
 
-    def __init__(self, inside: Mapping[Point, list[str]], batches: Batches) -> None:
-        self._inside, self._batches = inside, batches
+    def __init__(self, weights: Weights, block: str, batches: Batches, observers: Mapping[str, ObserverConfig]) -> None:
+        self._inside, self._batches, self._observers = weights.matrices_in(block), batches, observers
+        self._source = weights.checkpoint.source
         self._leaders: dict[Point, Point] = {}  # point -> the first that is given the same inputs
         self._hessians: dict[Point, moments.SecondMoment] = {}
         self._absmax: dict[Point, Tensor] = {}
         self.unfollowed: dict[str, None] = {}  # matrices whose rows may be padding: of which tokens is not known
+        self._ranges: dict[Point, dict[str, Observer]] = {}
 
     def __call__(self, last: _Last, point: Point, inputs: Tensor, batch: int, tokens: Tensor | None) -> None:
         if point not in self._inside:
@@ -199,6 +222,13 @@ class _Seen:
         self._hessians.setdefault(point, moments.SecondMoment(columns)).add(x)
         absmax = self._absmax.setdefault(point, torch.zeros(columns))
         torch.maximum(absmax, x.abs().amax(0), out=absmax)
+        given = x.to(moments.fast_dtype())  # what a calibrated run observes: inputs as they are multiplied
+        try:
+            for observer in self._ranges.setdefault(point, {n: o.observer() for n, o in self._observers.items()}).values():
+                observer.update(given)
+        except NonFinite:
+            text, matrix = "NaN or infinity in the inputs", self._inside[point][0]
+            raise fail("QP601", text, "mend the checkpoint", file=self._source, tensor=matrix) from None
 
     def finished(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[str]]]:
         """Statistics by the name of an input, that of the first matrix which is given it; and the matrices of each input. Inputs
@@ -207,5 +237,7 @@ class _Seen:
         for point, hessian in self._hessians.items():
             name = self._inside[point][0]
             found[name] = {"hessian": hessian.mean(), "absmax": self._absmax[point], "count": torch.tensor(hessian.count)}
+            for kind, observer in self._ranges[point].items():
+                found[name] |= {f"{kind}.{part}": t for part, t in observer.state().items()}
             matrices[name] = [m for p, leader in self._leaders.items() if leader == point for m in self._inside[p]]
         return found, matrices

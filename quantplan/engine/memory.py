@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import tempfile
+import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -35,6 +37,28 @@ def room() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available // 4)
+
+
+class HiddenStates:
+    """Where hidden states wait: in memory until those that are alive fill the room there was at the start, then in files of
+    `folder`. From any thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.limit = folder, room()
+        self._held: list[weakref.ref[Tensor]] = []
+        self._lock = threading.Lock()
+
+    def keep(self, state: Tensor) -> Tensor:
+        """`state` as float32, or a copy of it on disk. Raises QP401 where that is full."""
+        state = state.float()
+        with self._lock:
+            held = [(reference, x) for reference in self._held if (x := reference()) is not None]
+            self._held = [reference for reference, _ in held]
+            if sum(x.nbytes for _, x in held) + state.nbytes <= self.limit:
+                self._held.append(weakref.ref(state))
+                return state
+        with durable.named_errors(self.folder):
+            return on_disk(state, self.folder)
 
 
 def on_disk(x: Tensor, folder: Path) -> Tensor:

@@ -93,8 +93,13 @@ class Output:
         assert same is unit and unit.matrix is not None and unit.assignment is not None
         output = FORMATS.get(self.resolution.plan.output.format)()
         encoded = output.encode(unit.matrix, tensor, unit.assignment.aq)
-        if self.solved is not None and unit.assignment.observer is not None:
-            encoded |= output.encode_inputs(unit.matrix, self.solved.inputs(unit.matrix.name))
+        if unit.assignment.observer is not None:
+            if self.collected is not None:
+                found = self.collected.inputs(unit.matrix, unit.assignment)
+            else:
+                assert self.solved is not None
+                found = self.solved.inputs(unit.matrix.name)
+            encoded |= output.encode_inputs(unit.matrix, found)
         for info in unit.outputs:
             if info.name in encoded:
                 self.writer.write(info, _bytes(encoded[info.name]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -108,8 +108,8 @@ class SolvedBlocks:
             names = [n for n in file.keys() if n.rpartition("/")[0] == f"{matrix}/input"]  # noqa: SIM118
             return {n.rpartition("/")[2]: file.get_tensor(n) for n in names}
 
-    def states(self) -> dict[str, Tensor] | None:
-        """The hidden states the first block that is not done is given; None when they are lost."""
+    def states(self, keep: Callable[[Tensor], Tensor] = lambda state: state) -> dict[str, Tensor] | None:
+        """The hidden states the first block that is not done is given, each as `keep` returns it; None when they are lost."""
         path = self.folder / _states(len(self.done))
         try:
             if not self.done or _sha256(path) != self.done[-1]["states"]:
@@ -117,7 +117,7 @@ class SolvedBlocks:
         except OSError:
             return None
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: keep(file.get_tensor(name).clone()) for name in file.keys()}  # noqa: SIM118  a view holds the file
 
     def forget(self) -> None:
         """Nothing is done."""

@@ -94,10 +94,16 @@ class Forward:
         self._returned: dict[int, Any] = {}  # stack -> what its blocks return, None in place of the hidden state
 
     def capture(
-        self, stack: int, batches: Iterable[Inputs], finished: Sequence[Sequence[Tensor]] = (), seen: Seen | None = None
+        self,
+        stack: int,
+        batches: Iterable[Inputs],
+        finished: Sequence[Sequence[Tensor]] = (),
+        seen: Seen | None = None,
+        keep: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     ) -> Captured:
         """What the blocks of stack number `stack` are called with. `finished`: for each stack before it, the last hidden
         states, one a batch. A block that does not run for these inputs (cross attention without an image) has no calls.
+        `keep`: what is to become of each first hidden state, once it is there.
 
         Raises QP224 for a model that does not hand one hidden state on from block to block, each once.
         """
@@ -111,7 +117,7 @@ class Forward:
                     recorder = _Recorder(self, stack, same, loaded, [states[i] for states in finished])
                     with contextlib.suppress(_Stop):
                         self._run(inputs, loaded, recorder.on_block)
-                    captured.hidden.append(recorder.first)
+                    captured.hidden.append(keep(recorder.first))
                     for k, call in recorder.calls.items():
                         captured.calls[k].append(call)
         return captured

@@ -28,6 +28,8 @@ class HeadroomConfig(CountingConfig):
 
     use: ClassVar[str] = "nvfp4 activations: room for what calibration has not seen"
     within: ClassVar[bool] = False
+    collects: ClassVar[str] = "block_counts"
+    ranging: ClassVar[frozenset[str]] = frozenset({"ratio", "small", "large"})
 
     block: int = Field(default=16, ge=1, le=4096)
     """neighbouring features that share a scale"""

@@ -33,6 +33,7 @@ class HistogramConfig(ObserverConfig):
 
     use: ClassVar[str] = "activations with outliers, uniform grids; the same as torch.ao"
     order_matters: ClassVar[bool] = True
+    ranging: ClassVar[frozenset[str]] = frozenset({"bits"})
 
     bins: int = Field(default=2048, ge=2, le=1 << 20)
     """bins between the least and the largest value"""

@@ -19,6 +19,7 @@ class MSEConfig(CountingConfig):
     counted as the nearest bfloat16, in memory that does not grow."""
 
     use: ClassVar[str] = "static ranges of few bits"
+    ranging: ClassVar[frozenset[str]] = frozenset({"grid", "lowest"})
 
     grid: int = Field(default=100, ge=2, le=1000)
     """ranges tried, each narrower than the last by one ratio"""

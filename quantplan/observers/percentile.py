@@ -19,6 +19,7 @@ class PercentileConfig(CountingConfig):
     nearest bfloat16, in memory that does not grow: of bfloat16 activations the percentile is exact."""
 
     use: ClassVar[str] = "activations with a few extreme values"
+    ranging: ClassVar[frozenset[str]] = frozenset({"percentile"})
 
     percentile: float = Field(default=99.99, gt=50, le=100)
     """percent of the values that are not above the range, and likewise not below it; 100: all of them"""
