@@ -74,9 +74,7 @@ def _search(groups: Tensor, quantizer: Quantizer, shares: Tensor | None, ranges:
     if absmax is None and quantizer.config.needs_absmax:
         absmax = groups.abs().amax()
     weighed = groups if shares is None else groups * shares
-    best: Params = {}
-    most: Tensor | None = None
-    turn: Tensor | None = None
+    best, turn = Cheapest(quantizer), None
     if ranges.signed and quantizer.config.lopsided:
         low, high = torch.aminmax(groups, dim=-1, keepdim=True)
         turn = torch.where(-low >= high, 1.0, -1.0)  # the longer side of the grid goes where the largest weight is
@@ -93,14 +91,8 @@ def _search(groups: Tensor, quantizer: Quantizer, shares: Tensor | None, ranges:
             gain = fits * ratio  # the error it takes away: of the best step, not yet rounded
         else:
             gain = 2 * fits - size
-        if most is None:
-            best, most = dict(params), gain
-            continue
-        better = gain > most
-        most = torch.where(better, gain, most)
-        for name in params.keys() - quantizer.config.tensor_params:
-            best[name] = choose(better, params[name], best[name])
-    return best
+        best.offer(params, -gain)
+    return best.params
 
 
 def search_by_hessian(
@@ -144,8 +136,7 @@ def _search_by(
 ) -> Params:
     import torch
 
-    best: Params = {}
-    least: Tensor | None = None
+    best = Cheapest(quantizer)
     for factor in quantizer.config.shrink_factors(ranges.count, ranges.lowest):
         proposed = [quantizer.fit(groups, factor, absmax)]
         for params in proposed:
@@ -157,14 +148,34 @@ def _search_by(
                 size = (values * pushed).sum(-1, keepdim=True)
                 ratio = torch.where(size > 0, (groups * pushed).sum(-1, keepdim=True) / size, 1.0)
                 proposed.append(quantizer.with_step(params, quantizer.step(params) * ratio))
-            if least is None:
-                best, least = dict(params), cost
-                continue
-            better = cost < least
-            least = torch.where(better, cost, least)
-            for name in params.keys() - quantizer.config.tensor_params:
-                best[name] = choose(better, params[name], best[name])
-    return best
+            best.offer(params, cost)
+    return best.params
+
+
+class Cheapest:
+    """For each group, the parameters of least cost among those offered; the first of equals."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.params: Params = {}
+        self._quantizer = quantizer
+        self._least: Tensor | None = None
+
+    def offer(self, params: Params, cost: Tensor) -> None:
+        """Takes `params` over for the groups where `cost` `[..., 1]` is less than that of all before."""
+        import torch
+
+        if self._least is None:
+            self.params, self._least = dict(params), cost
+            return
+        better = cost < self._least
+        self._least = torch.where(better, cost, self._least)
+        self.params = mixed(better, params, self.params, self._quantizer)
+
+
+def mixed(better: Tensor, new: Params, old: Params, quantizer: Quantizer) -> Params:
+    """`new` for the groups, or rows `[rows, 1, 1]`, where `better`, `old` for the others and for what the whole tensor shares."""
+    own = quantizer.config.tensor_params
+    return {n: p if n in own else choose(better.expand(p.shape), new[n], p) for n, p in old.items()}
 
 
 def choose(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:

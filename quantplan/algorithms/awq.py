@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm, Need
-from quantplan.scale_search import Ranges, choose, search_scales
+from quantplan.scale_search import Ranges, mixed, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +68,4 @@ def _better(weight: Tensor, quantizer: Quantizer, found: Params, full: Params, h
     costs, before = cost(found), cost(full)
     if quantizer.config.strategy not in ("group", "channel"):
         return found if float(costs.sum()) < float(before.sum()) else full
-    own = quantizer.config.tensor_params
-    better = (costs < before).view(-1, 1, 1)
-    return {n: p if n in own else choose(better.expand(p.shape), found[n], p) for n, p in full.items()}
+    return mixed((costs < before).view(-1, 1, 1), found, full, quantizer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm, Need
-from quantplan.scale_search import Ranges, choose, search_scales
+from quantplan.scale_search import Ranges, mixed, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,9 +98,7 @@ class GPTQ(Algorithm):
             lowest = torch.where(better, error, lowest)
             values = torch.where(better, found, values)
             if tried is not params:
-                own = quantizer.config.tensor_params
-                rows_better = better.view(-1, 1, 1)
-                params = {n: p if n in own else choose(rows_better.expand(p.shape), tried[n], p) for n, p in params.items()}
+                params = mixed(better.view(-1, 1, 1), tried, params, quantizer)
         return params, values
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm
-from quantplan.scale_search import PIECE, choose, joined
+from quantplan.scale_search import PIECE, joined, mixed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,5 +116,4 @@ class _Best:
         error, squared = self._errors(params)
         better = (error < self._least) & (squared <= self._squared)
         self._least = torch.where(better, error, self._least)
-        own = self._quantizer.config.tensor_params
-        self.params = {n: p if n in own else choose(better, params[n], p) for n, p in self.params.items()}
+        self.params = mixed(better, params, self.params, self._quantizer)

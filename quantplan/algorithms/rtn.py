@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from quantplan.algorithm import ALGORITHMS, Algorithm, Need
-from quantplan.scale_search import Ranges, choose, search_by_hessian, search_scales
+from quantplan.scale_search import Cheapest, Ranges, search_by_hessian, search_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,18 +59,9 @@ class RoundToNearest(Algorithm):
 
     def _least_error(self, groups: Tensor, quantizer: Quantizer, absmax: Tensor | None) -> Params:
         """Per group, the parameters of the factor with the least squared error; ties go to the wider range."""
-        import torch
-
-        best: Params = {}
-        least: Tensor | None = None
+        best = Cheapest(quantizer)
         for factor in quantizer.config.shrink_factors(self.grid, self.lowest):
             params = quantizer.fit(groups, factor, absmax)
             error = quantizer.decode(quantizer.encode(groups, params), params).sub_(groups).square_().sum(-1, keepdim=True)
-            if least is None:
-                best, least = params, error
-                continue
-            better = error < least
-            least = torch.where(better, error, least)
-            for name in params.keys() - quantizer.config.tensor_params:
-                best[name] = choose(better, params[name], best[name])
-        return best
+            best.offer(params, error)
+        return best.params

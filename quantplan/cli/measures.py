@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantplan.cli import show
+from quantplan.cli.options import AsJson, Quiet
 from quantplan.errors import QuantplanError, render
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from quantplan.evaluation.metrics import Evaluation
     from quantplan.evaluation.tasks import TaskFigure
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Windows = Annotated[int | None, typer.Option(min=1, help="How many windows; all by default.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a window.")]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantplan.cli import show
+from quantplan.cli.options import AsJson
 from quantplan.errors import Problem, QuantplanError, errors_in
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON 
 Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help="Directory, shapes file, or Hub id.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of a Hub id.")]
 INDEPENDENT = {"QP109", "QP110", "QP111", "QP114", "QP115", "QP212", "QP302"}
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 def validate(

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from quantplan.cli import show
+from quantplan.cli.options import AsJson
 
 Name = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one with its options.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
 class DType(str, Enum):

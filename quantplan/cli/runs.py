@@ -13,6 +13,7 @@ import typer
 
 from quantplan.cli import show
 from quantplan.cli.interrupt import Stop, stoppable
+from quantplan.cli.options import AsJson, Events, Overwrite, Quiet, Threads, TrustRemoteCode
 from quantplan.errors import render
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from quantplan.engine.progress import Step
     from quantplan.engine.verify import Verification
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 RESUME = "what is done is kept: repeat the same command to go on"
 
 
@@ -43,21 +42,15 @@ def apply(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Directory to make.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="Stop after the estimate.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in one step, when the new one is complete.")
-    ] = False,
+    overwrite: Overwrite = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted run instead of resuming it.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
+    threads: Threads = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let calibration run Python code that the checkpoint brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     stats: Annotated[
         Path | None, typer.Option("--stats", metavar="STATS", help="Statistics that `calibrate` collected, instead of data.")
     ] = None,
-    events: Annotated[
-        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
-    ] = None,
+    events: Events = None,
     report: Annotated[
         bool, typer.Option("--report", help="Write OUT.report.html beside OUT: sizes, errors per layer, the plan and why.")
     ] = False,
@@ -120,12 +113,8 @@ def calibrate(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file, JSON or YAML: its calibration settings.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="STATS", help="Folder to make.")],
     revision: Annotated[str | None, typer.Option(help="Revision of a Hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let it run Python code that the checkpoint brings.")
-    ] = False,
-    events: Annotated[
-        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
-    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    events: Events = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:

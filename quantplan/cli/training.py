@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantplan.cli import show
-from quantplan.cli.runs import RESUME, AsJson, Quiet, followed
+from quantplan.cli.options import AsJson, Events, Overwrite, Quiet, Threads, TrustRemoteCode
+from quantplan.cli.runs import RESUME, followed
 from quantplan.errors import render
 
 if TYPE_CHECKING:
@@ -43,16 +44,10 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint of an interrupted training.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an interrupted training.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, in one step, when the new one is complete.")
-    ] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings.")
-    ] = False,
-    events: Annotated[
-        Path | None, typer.Option("--events", metavar="FILE", help="Append progress to FILE, one JSON object a line.")
-    ] = None,
+    overwrite: Overwrite = False,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    events: Events = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> int:
